@@ -1,0 +1,210 @@
+"""Finding what a model can be stored against: the best base, and others for the parts that it does not cover.
+
+Plan: the catalog's fingerprints rank the store's plain models; real samples of the best few decide; a diff may be a
+parent where it is clearly better; what the winner leaves unpredicted is looked for in the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hydrafs import containers, predictors
+from hydrafs.catalog import ModelFacts, TensorFacts
+from hydrafs.diff import DiffFile
+from hydrafs.dtypes import DTYPES
+from hydrafs.errors import HydraError
+from hydrafs.fingerprint import bits_apart, facts_of
+from hydrafs.identity import FileIdentity
+from hydrafs.layout import ByteSource, FileSource
+from hydrafs.manifest import Manifest
+from hydrafs.matching import USELESS, Match, match
+from hydrafs.opening import Opener
+from hydrafs.store import ModelEntry, Store
+
+FINALISTS = 4
+DIFF_CANDIDATES = 32
+MAX_PARENTS = 4
+WORTH_A_PARENT_NBYTES = 64 << 10
+"""A further parent is something more that must not be lost: it has to predict at least this much."""
+_DIFF_MUST_BE = 0.75
+_SAMPLED_TENSORS = 12
+_SAMPLE_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that may serve as a parent. ``facts.tensors`` of a diff may lack fingerprints."""
+
+    entry: ModelEntry
+    facts: ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The parents chosen, best first, and why, one line each for the user."""
+
+    parents: tuple[Candidate, ...]
+    reasons: tuple[str, ...]
+
+
+def facts_of_file(store: Store, path: Path, source: FileSource | None = None) -> ModelFacts:
+    """The facts of a plain model, from the catalog or read now.
+
+    Raises:
+        HydraError: it cannot be read.
+    """
+    opened = source or FileSource(path)
+    try:
+        identity = FileIdentity.of(opened.stat)
+        facts = store.catalog.facts(path, identity)
+        if facts is None:
+            facts = facts_of(opened, containers.parse(opened, path.name))
+            store.catalog.remember_facts(path, identity, facts)
+        return facts
+    finally:
+        if source is None:
+            opened.close()
+
+
+def facts_of_diff(store: Store, path: Path) -> tuple[ModelFacts, Manifest]:
+    """The facts of the model that a diff stands for: from the catalog, or from its manifest without fingerprints."""
+    with DiffFile(path) as diff:
+        manifest = diff.manifest
+        known = store.catalog.facts(path, FileIdentity.of(diff.stat))
+        if known is not None:
+            return known, manifest
+        offsets = diff.table.offsets.tolist()
+        tensors = []
+        for number, span in enumerate(manifest.spans):
+            dtype = manifest.sections[span.section].dtype
+            if dtype and span.name:
+                tensors.append(
+                    TensorFacts(span.name, dtype, span.shape, offsets[number], span.nbytes, span.aliases, b"")
+                )
+        return ModelFacts(manifest.container, tuple(tensors)), manifest
+
+
+def choose(
+    store: Store, opener: Opener, target: ByteSource, facts: ModelFacts, *, exclude: Sequence[Path]
+) -> Choice:
+    """The best parents for ``target`` among the models of the store and its base folders.
+
+    ``exclude``: the model itself, and plain files that will not stay. Nothing found is a choice too: no parents, and a line that says so.
+    """
+    plain: list[Candidate] = []
+    diffs: list[ModelEntry] = []
+    seen: set[tuple[int, int]] = set()
+    for path in exclude:
+        with contextlib.suppress(OSError):
+            stat = path.stat()
+            seen.add((stat.st_dev, stat.st_ino))
+    for folder in (store.root, *store.base_folders):
+        for entry in store.models(folder):
+            with contextlib.suppress(OSError, HydraError):
+                stat = entry.path.stat()
+                if (stat.st_dev, stat.st_ino) in seen:
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                if entry.is_diff:
+                    diffs.append(entry)
+                else:
+                    plain.append(Candidate(entry, facts_of_file(store, entry.path)))
+    ranked = sorted(plain, key=lambda c: coverage(facts, match(facts, [c.facts])))[:FINALISTS]
+    scored = [(sampled_cost(target, facts, c, opener), c) for c in ranked]
+    scored = sorted(((s, c) for s, c in scored if s < 0.97), key=lambda item: item[0])
+    considered = len(plain)
+    bar = scored[0][0] * _DIFF_MUST_BE if scored else 0.97 * _DIFF_MUST_BE
+    for entry in sorted(diffs, key=lambda e: _mtime_ns(e.path), reverse=True)[:DIFF_CANDIDATES]:
+        considered += 1
+        with contextlib.suppress(HydraError):
+            theirs, _ = facts_of_diff(store, entry.path)
+            if coverage(facts, match(facts, [theirs])) < 0.9:
+                candidate = Candidate(entry, theirs)
+                cost = sampled_cost(target, facts, candidate, opener)
+                if cost < bar:
+                    bar = cost
+                    scored.insert(0, (cost, candidate))
+    if not scored:
+        return Choice((), (f"no base: none of {considered} models resembles it",))
+    best = scored[0][1]
+    reasons = [f"base {best.entry.name}: about {scored[0][0]:.0%} of each sampled tensor is new"]
+    if len(scored) > 1:
+        reasons[0] += f" (next best {scored[1][1].entry.name}, {scored[1][0]:.0%}; {considered} considered)"
+    parents = [best]
+    _add_further(facts, parents, [c for c in plain if c is not best], reasons)
+    return Choice(tuple(parents), tuple(reasons))
+
+
+def _add_further(facts: ModelFacts, parents: list[Candidate], others: list[Candidate], reasons: list[str]) -> None:
+    while len(parents) < MAX_PARENTS and others:
+        now = match(facts, [c.facts for c in parents])
+        gains = []
+        for other in others:
+            then = match(facts, [*(c.facts for c in parents), other.facts])
+            number = len(parents)
+            gained = sum(
+                t.nbytes
+                for t, old, new in zip(facts.tensors, now, then, strict=True)
+                if new and new.parent == number and (old is None or new.distance < old.distance - 1)
+            )
+            gains.append(gained)
+        most = int(np.argmax(gains))
+        if gains[most] < WORTH_A_PARENT_NBYTES:
+            return
+        reasons.append(f"also {others[most].entry.name}: closer for {gains[most] / 1e6:.1f} MB")
+        parents.append(others.pop(most))
+
+
+def _mtime_ns(path: Path) -> int:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def coverage(facts: ModelFacts, matches: Sequence[Match | None]) -> float:
+    """A rough share of the model that must be stored, from fingerprints alone: 0 nothing, 1 all of it."""
+    total = cost = 0.0
+    for tensor, found in zip(facts.tensors, matches, strict=True):
+        total += tensor.nbytes
+        distance = USELESS if found is None or found.parent < 0 else min(USELESS, found.distance)
+        cost += tensor.nbytes * distance / USELESS
+    return cost / total if total else 1.0
+
+
+def sampled_cost(target: ByteSource, facts: ModelFacts, candidate: Candidate, opener: Opener) -> float:
+    """The mean share of bits that samples of the largest matched tensors need, given the candidate's; 1 where it has
+    none. Two reads of 4 KiB from each side per tensor. A candidate that cannot be read costs 1."""
+    matches = match(facts, [candidate.facts])
+    pairs = [(t, m) for t, m in zip(facts.tensors, matches, strict=True) if m and m.parent == 0]
+    if not pairs:
+        return 1.0
+    pairs.sort(key=lambda pair: -pair[0].nbytes)
+    step = max(1, len(pairs) // (2 * _SAMPLED_TENSORS))
+    covered = sum(t.nbytes for t, _ in pairs) / max(1, sum(t.nbytes for t in facts.tensors))
+    try:
+        source = opener.open(candidate.entry)
+    except HydraError:
+        return 1.0
+    costs = []
+    try:
+        for tensor, found in pairs[::step][:_SAMPLED_TENSORS]:
+            dtype, origin = DTYPES[tensor.dtype], DTYPES[found.dtype]
+            for part in (1, 3):
+                first = found.count * part // 4
+                count = min(found.count - first, _SAMPLE_NBYTES // dtype.nbytes)
+                mine = target.pread(tensor.offset + first * dtype.nbytes, count * dtype.nbytes)
+                theirs = source.pread(found.offset + first * origin.nbytes, count * origin.nbytes)
+                predicted = predictors.cast(np.frombuffer(theirs, np.uint8), origin, dtype)
+                costs.append(bits_apart(predicted, np.frombuffer(mine, np.uint8), dtype))
+    except HydraError:
+        return 1.0
+    finally:
+        source.close()
+    return float(np.mean(costs)) * covered + 1.0 - covered if costs else 1.0

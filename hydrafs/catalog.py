@@ -1,0 +1,183 @@
+"""An SQLite cache of what the files of a store are.
+
+Rule 1: everything in it can be found again by reading the files; it may be deleted at any time.
+Rule 2: a fact is kept with the identity of the file that it was read from, and is gone when that differs.
+Rule 3: trouble with the database never fails an operation: the fact is unknown, and is read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from hydrafs.identity import FileIdentity
+
+log = logging.getLogger(__name__)
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE files (
+    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, device INTEGER,
+    sha256 BLOB, tensors BLOB
+) WITHOUT ROWID;
+CREATE INDEX files_by_sha256 ON files (sha256);
+CREATE TABLE directories (path BLOB PRIMARY KEY, members INTEGER, mtime_ns INTEGER) WITHOUT ROWID;
+"""
+
+
+class TensorFacts(msgspec.Struct, array_like=True, frozen=True):
+    """A tensor of a model: where it is, and a sample of its values (``hydrafs.fingerprint``)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    aliases: tuple[str, ...]
+    fingerprint: bytes
+
+
+class ModelFacts(msgspec.Struct, array_like=True, frozen=True):
+    """What is known of a model without its values."""
+
+    container: str
+    tensors: tuple[TensorFacts, ...]
+
+
+class Catalog:
+    """Facts about files, by absolute path. Thread safety: any number of threads; processes share one file.
+
+    Without a path, or where the path cannot be written, the facts live in memory as long as the catalog does.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._lock = threading.Lock()
+        self._database = self._open(path) if path else None
+        if self._database is None:
+            self._database = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
+            self._database.executescript(_SCHEMA)
+
+    def _open(self, path: Path) -> sqlite3.Connection | None:
+        for attempt in range(2):
+            database = None
+            try:
+                database = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
+                # It is a cache: losing the last facts in a power cut costs a second reading, an fsync costs every writer.
+                database.execute("PRAGMA synchronous = OFF")
+                version = database.execute("PRAGMA user_version").fetchone()[0]
+                if version == 0:
+                    database.executescript(f"BEGIN EXCLUSIVE;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+                elif version != _SCHEMA_VERSION:
+                    raise sqlite3.DatabaseError(f"catalog of version {version}")
+                database.execute("SELECT path, size, tensors FROM files LIMIT 1").fetchone()
+                return database
+            except sqlite3.OperationalError as error:
+                # Two processes that make it at once: the loser finds the tables there and only has to look again.
+                if database is not None:
+                    database.close()
+                if "already exists" in str(error) and attempt == 0:
+                    continue
+                log.info("the catalog %s cannot be used (%s): facts are kept in memory", path, error)
+                return None
+            except sqlite3.DatabaseError as error:
+                if database is not None:
+                    database.close()
+                log.warning("the catalog %s is damaged (%s): it is made anew", path, error)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return None
+
+    @contextlib.contextmanager
+    def _cursor(self) -> Iterator[sqlite3.Connection]:
+        assert self._database is not None
+        with self._lock:
+            try:
+                yield self._database
+            except sqlite3.Error as error:
+                log.info("the catalog did not answer: %s", error)
+
+    @staticmethod
+    def _identity(identity: FileIdentity) -> tuple[int, int, int, int, int]:
+        # SQLite's integers are signed; inodes of some filesystems use all 64 bits.
+        signed = identity.inode - (1 << 64) if identity.inode >= 1 << 63 else identity.inode
+        return identity.size, identity.mtime_ns, identity.ctime_ns, signed, identity.device
+
+    _WHERE = "path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ? AND device = ?"
+
+    def sha256(self, path: Path, identity: FileIdentity) -> bytes | None:
+        """The SHA-256 of the file, if it is known for this identity."""
+        key = (os.fsencode(path), *self._identity(identity))
+        row = None
+        with self._cursor() as database:
+            row = database.execute(f"SELECT sha256 FROM files WHERE {self._WHERE}", key).fetchone()
+        return row[0] if row and isinstance(row[0], bytes) and len(row[0]) == 32 else None
+
+    def remember_sha256(self, path: Path, identity: FileIdentity, sha256: bytes) -> None:
+        """Keep the SHA-256 that the file of this identity has."""
+        self._remember(path, identity, "sha256", sha256)
+
+    def facts(self, path: Path, identity: FileIdentity) -> ModelFacts | None:
+        """The tensors of the model, if they are known for this identity."""
+        key = (os.fsencode(path), *self._identity(identity))
+        row = None
+        with self._cursor() as database:
+            row = database.execute(f"SELECT tensors FROM files WHERE {self._WHERE}", key).fetchone()
+        if not row or row[0] is None:
+            return None
+        try:
+            return msgspec.msgpack.decode(row[0], type=ModelFacts)
+        except msgspec.DecodeError:
+            return None
+
+    def remember_facts(self, path: Path, identity: FileIdentity, facts: ModelFacts) -> None:
+        """Keep what was read of the model of this identity."""
+        self._remember(path, identity, "tensors", msgspec.msgpack.encode(facts))
+
+    def _remember(self, path: Path, identity: FileIdentity, column: str, value: bytes) -> None:
+        key = os.fsencode(path)
+        parts = self._identity(identity)
+        with self._cursor() as database:
+            known = database.execute(f"SELECT 1 FROM files WHERE {self._WHERE}", (key, *parts)).fetchone()
+            if known:
+                database.execute(f"UPDATE files SET {column} = ? WHERE path = ?", (value, key))
+            else:
+                database.execute(
+                    "INSERT OR REPLACE INTO files (path, size, mtime_ns, ctime_ns, inode, device, "
+                    f"{column}) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (key, *parts, value),
+                )
+
+    def paths_of(self, sha256: bytes) -> list[Path]:
+        """Where files of this SHA-256 were seen; whether they still are is for the caller to check."""
+        rows: list[tuple[bytes]] = []
+        with self._cursor() as database:
+            rows = database.execute("SELECT path FROM files WHERE sha256 = ?", (sha256,)).fetchall()
+        return [Path(os.fsdecode(row[0])) for row in rows]
+
+    def directory(self, path: Path) -> tuple[int, int] | None:
+        """The membership digest of a listed folder and the mtime_ns it was shown with."""
+        row = None
+        with self._cursor() as database:
+            row = database.execute(
+                "SELECT members, mtime_ns FROM directories WHERE path = ?", (os.fsencode(path),)
+            ).fetchone()
+        return (int(row[0]), int(row[1])) if row else None
+
+    def remember_directory(self, path: Path, members: int, mtime_ns: int) -> None:
+        """Keep the mtime_ns that a folder is shown with as long as its membership digest (63 bits) is this."""
+        with self._cursor() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (os.fsencode(path), members, mtime_ns)
+            )
+
+    def close(self) -> None:
+        """Close the database. No other call may be running."""
+        if self._database is not None:
+            self._database.close()

@@ -1,0 +1,293 @@
+"""Model to diff: parse, match, encode, read back, commit.
+
+Rule 1: the original goes only after the diff, read back from disk, has given its SHA-256.
+Rule 2: a model that changes while it is read is left as it is, and nothing is written under its name.
+Rule 3: whatever goes wrong, the store holds the original and no half of a diff.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from hydrafs import bases, containers
+from hydrafs.cache import ChunkCache
+from hydrafs.catalog import ModelFacts
+from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
+from hydrafs.encode import encode_model, estimate
+from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, UsageError, from_oserror
+from hydrafs.fingerprint import facts_of
+from hydrafs.identity import FileIdentity, probe, sha256
+from hydrafs.layout import FileSource
+from hydrafs.manifest import Manifest, Parent
+from hydrafs.matching import Match, match
+from hydrafs.opening import MAX_DEPTH, Opener
+from hydrafs.plan import DEFAULT_CHUNK_NBYTES, make_plan
+from hydrafs.rehydrate import Rehydrated
+from hydrafs.restore import prove
+from hydrafs.store import ModelEntry, Store, TemporaryFile, fsync_folder, trailer_of
+from hydrafs.version import __version__
+
+MUST_SHRINK_BY = 0.05
+_SPACE_MARGIN_NBYTES = 16 << 20
+
+Stage = Literal["hash", "encode", "prove"]
+Progress = Callable[[Stage, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to dehydrate. ``bases`` empty: found by itself, though never among ``not_bases`` (plain files that will be
+    dehydrated themselves). ``jobs``: coding threads. ``codec`` ``raw`` compresses nothing."""
+
+    bases: tuple[Path, ...] = ()
+    not_bases: tuple[Path, ...] = ()
+    keep: bool = False
+    jobs: int = field(default_factory=lambda: max(1, os.cpu_count() or 1))
+    codec: str = "planes"
+    chunk_nbytes: int = DEFAULT_CHUNK_NBYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a model. ``stored_nbytes`` is the diff's size, or the estimate where the model was left alone."""
+
+    model: Path
+    diff: Path | None
+    size: int
+    stored_nbytes: int
+    sha256: bytes
+    parents: tuple[str, ...]
+    reasons: tuple[str, ...]
+    original_removed: bool
+
+
+def dehydrate(
+    store: Store, model: Path, options: Options | None = None, *, folder: Path | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Store the plain file ``model`` as a diff in ``folder`` (default: its own), prove it, and remove the original.
+
+    Args:
+        progress: is told, by stage, how many more bytes were done; each stage has the model's size, hashing of a
+            parent has the parent's.
+
+    Returns:
+        What was done; ``diff`` is ``None`` where the model would not shrink by 5 % and was left alone, with the reason.
+
+    Raises:
+        HydraError: by class what the user can do; the original stands as it stood.
+    """
+    options = options or Options()
+    report = progress or (lambda stage, nbytes: None)
+    folder = (folder or model.parent).resolve()
+    target = folder / (model.name + SUFFIX)
+    _refuse(model)
+    with FileSource(model) as source, contextlib.closing(Opener(store, ChunkCache(64 << 20))) as opener:
+        before = FileIdentity.of(source.stat)
+        if target.exists() and trailer_of(target).size != source.size:
+            raise AlreadyThere("another diff has that name", where=target, remedy="move it away, or rename the model")
+        needed_by = _needed_by(store, model, before)
+        if needed_by and not options.keep and not options.bases:
+            return _left_alone(model, source.size, source.size, (f"{needed_by}; a base stays whole",))
+        layout = containers.parse(source, model.name)
+        facts = facts_of(source, layout)
+        if options.bases:
+            choice = _named(store, options.bases)
+        else:
+            choice = bases.choose(store, opener, source, facts, exclude=(model, *options.not_bases))
+        matches = match(facts, [c.facts for c in choice.parents])
+        entries, matches = _only_used([c.entry for c in choice.parents], matches)
+        parents = [_parent(store, entry, report) for entry in entries]
+        opened: list[FileSource | Rehydrated] = []
+        try:
+            opened.extend(opener.open(entry) for entry in entries)
+            _check_depth(opened)
+            plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec=options.codec)
+            manifest = Manifest(
+                required=(),
+                name=model.name,
+                size=source.size,
+                sha256=bytes(32),
+                mode=source.stat.st_mode,
+                mtime_ns=source.stat.st_mtime_ns,
+                container=layout.container,
+                chunk_nbytes=plan.chunk_nbytes,
+                parents=tuple(parents),
+                sections=plan.sections,
+                spans=plan.spans,
+                metadata=layout.metadata,
+                writer=f"hydrafs {__version__}",
+            )
+            raw = options.codec == "raw"
+            share = 1.0 if raw else estimate(source, plan, opened, manifest)
+            if not raw and share > 0.98:
+                return _left_alone(model, source.size, round(share * source.size), choice.reasons)
+            _check_space(folder, share * source.size, model)
+            with TemporaryFile(folder) as temporary, _disk_errors(target):
+                manifest = encode_model(
+                    source,
+                    plan,
+                    opened,
+                    lambda chunk_count: DiffWriter(temporary.file, chunk_count),
+                    manifest,
+                    jobs=options.jobs,
+                    raw=raw,
+                    progress=lambda nbytes: report("encode", nbytes),
+                )
+                _unchanged(model, source, before)
+                temporary.flush_to_disk()
+                stored = os.fstat(temporary.file.fileno()).st_size
+                if not raw and stored > (1 - MUST_SHRINK_BY) * source.size:
+                    return _left_alone(model, source.size, stored, choice.reasons)
+                _copy_ownership(source, temporary)
+                prove(store, temporary.path, lambda nbytes: report("prove", nbytes), manifest.sha256)
+                _unchanged(model, source, before)
+                replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
+                temporary.commit(target, replace=replace)
+            _remember(store, model, before, target, manifest.sha256, facts)
+            removed = not options.keep and _remove(model, source, before)
+            return Outcome(
+                model, target, source.size, stored, manifest.sha256, tuple(p.name for p in parents), choice.reasons, removed
+            )
+        finally:
+            for parent in opened:
+                parent.close()
+
+
+def _refuse(model: Path) -> None:
+    if model.is_symlink():
+        raise UsageError("a link is no model", where=model, detail=f"it points to {model.resolve()}",
+                         remedy="name the file that it points to")
+    if not model.exists():
+        raise NotFound("no such model", where=model, remedy="check the path")
+    if not model.is_file():
+        raise UsageError("not a file", where=model, remedy="name the models, not their folder")
+    if model.name.endswith(SUFFIX):
+        raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
+
+
+def _needed_by(store: Store, model: Path, identity: FileIdentity) -> str:
+    known = store.catalog.sha256(model.resolve(), identity)
+    # A model that was ever a parent has its SHA-256 in the catalog; only then are the diffs asked.
+    dependents = store.dependents(known) if known else []
+    if not dependents:
+        return ""
+    others = f" and {len(dependents) - 1} more" if len(dependents) > 1 else ""
+    return f"{dependents[0].name}{others} needs it"
+
+
+def _left_alone(model: Path, size: int, stored: int, reasons: tuple[str, ...]) -> Outcome:
+    return Outcome(model, None, size, stored, b"", (), reasons, original_removed=False)
+
+
+def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
+    candidates = []
+    for path in paths:
+        entry = store.locate(path)
+        if entry.is_diff:
+            facts, _ = bases.facts_of_diff(store, entry.path)
+        else:
+            facts = bases.facts_of_file(store, entry.path)
+            store.add_base_folder(entry.path.resolve().parent)
+        candidates.append(bases.Candidate(entry, facts))
+    return bases.Choice(tuple(candidates), ("base as named: " + ", ".join(c.entry.name for c in candidates),))
+
+
+def _only_used(
+    entries: list[ModelEntry], matches: list[Match | None]
+) -> tuple[list[ModelEntry], list[Match | None]]:
+    used = sorted({m.parent for m in matches if m and m.parent >= 0})
+    number = {old: new for new, old in enumerate(used)}
+    renumbered = [
+        Match(number[m.parent], m.offset, m.dtype, m.count, m.how, m.distance) if m and m.parent >= 0 else m
+        for m in matches
+    ]
+    return [entries[i] for i in used], renumbered
+
+
+def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
+    name = store.relative(entry.path.with_name(Path(entry.name).name))
+    if entry.is_diff:
+        trailer = trailer_of(entry.path)
+        return Parent(trailer.sha256, trailer.size, name, 0)
+    path = entry.path.resolve()
+    with FileSource(path) as source:
+        identity = FileIdentity.of(source.stat)
+        digest = store.catalog.sha256(path, identity)
+        if digest is None:
+            digest = sha256(source, lambda nbytes: report("hash", nbytes))
+            if FileIdentity.of(os.stat(path)) != identity:
+                raise Changing("a base changed while it was read", where=path)
+            store.catalog.remember_sha256(path, identity, digest)
+        if entry.path != path:
+            stat = FileIdentity.of(os.stat(entry.path))
+            store.catalog.remember_sha256(entry.path, stat, digest)
+        return Parent(digest, source.size, name, probe(source))
+
+
+def _check_depth(opened: Sequence[FileSource | Rehydrated]) -> None:
+    depth = 1 + max((p.depth for p in opened if isinstance(p, Rehydrated)), default=0)
+    if depth > MAX_DEPTH:
+        raise UsageError("the chain of parents would be too long", detail=f"{depth}, at most {MAX_DEPTH}",
+                         remedy="name a full model with --base")
+
+
+def _check_space(folder: Path, nbytes: float, model: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    needed = int(nbytes * 1.1) + _SPACE_MARGIN_NBYTES
+    if free < needed:
+        raise NoSpace(
+            "not enough space for the diff", where=model, detail=f"{free / 1e6:.0f} MB free in {folder}, about "
+            f"{needed / 1e6:.0f} MB needed",
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise from_oserror(error, "cannot write the diff", target) from error
+
+
+def _unchanged(model: Path, source: FileSource, before: FileIdentity) -> None:
+    try:
+        now = FileIdentity.of(os.stat(model))
+        open_now = FileIdentity.of(os.fstat(source.fd))
+    except OSError as error:
+        raise Changing("a model went away while it was read", where=model) from error
+    if now != before or open_now != before:
+        raise Changing("a model changed while it was read", where=model)
+
+
+def _copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
+    fd = temporary.file.fileno()
+    os.fchmod(fd, source.stat.st_mode & 0o666)
+    with contextlib.suppress(PermissionError):
+        os.fchown(fd, source.stat.st_uid, source.stat.st_gid)
+
+
+def _remember(store: Store, model: Path, before: FileIdentity, target: Path, digest: bytes, facts: ModelFacts) -> None:
+    with contextlib.suppress(OSError):
+        store.catalog.remember_sha256(model.resolve(), before, digest)
+        store.catalog.remember_facts(target, FileIdentity.of(os.stat(target)), facts)
+
+
+def _remove(model: Path, source: FileSource, before: FileIdentity) -> bool:
+    """Remove the original if it is still the file that was read; a file that someone wrote meanwhile stays."""
+    try:
+        _unchanged(model, source, before)
+        model.unlink()
+        fsync_folder(model.parent)
+        return True
+    except HydraError:
+        return False
+    except OSError as error:
+        raise from_oserror(error, "the diff is stored, but the original cannot be removed", model) from error
+

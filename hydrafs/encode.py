@@ -1,0 +1,230 @@
+"""Coding a model chunk by chunk, in one pass over its bytes.
+
+Plan: one thread reads the model in file order and takes its SHA-256; full chunks go to a pool that predicts, codes and
+checks-sums them; what comes back is written in the order it was sent.
+Rule: what is in memory at once is bounded: one part-filled chunk per open section, and a few chunks per worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from hydrafs import predictors
+from hydrafs.codecs import registry
+from hydrafs.diff import FLAG_NARROWED, FLAG_UNPREDICTED, DiffWriter
+from hydrafs.dtypes import DTYPES
+from hydrafs.errors import Changing, ParentChanged
+from hydrafs.layout import ByteSource
+from hydrafs.manifest import (
+    PREDICTION_NONE,
+    PREDICTION_SAME,
+    SELF,
+    Manifest,
+    Parent,
+    SpanRecord,
+    tabulate,
+)
+from hydrafs.plan import Plan
+from hydrafs.prediction import Predictor
+
+_READ_NBYTES = 4 << 20
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """A chunk as it will be stored, and which spans' parts in it are the very bytes that predict them."""
+
+    payload: bytes
+    codec: int
+    flags: int
+    checksum: int
+    different: tuple[int, ...]
+
+
+def code_chunk(predictor: Predictor, section: int, begin: int, target: npt.NDArray[np.uint8], *, raw: bool) -> Coded:
+    """The smallest of what the section's codec gives with and without its prediction, narrowed or not, and plain bytes.
+
+    ``raw`` stores the bytes as they are unless nothing need be stored at all.
+    """
+    record = predictor.sections[section]
+    dtype = predictor.dtype(section)
+    nbytes = target.nbytes
+    checksum = xxhash.xxh3_64_intdigest(target)
+    pieces = predictor.pieces(section, begin, nbytes)
+    same_type = [p for p in pieces if _same_type(predictor.spans[p.span])]
+    prediction = predictor.predict(section, begin, nbytes, dtype)
+    different: set[int] = set()
+    if prediction is not None:
+        if same_type and not np.array_equal(prediction, target):
+            for p in same_type:
+                part = slice(p.place, p.place + p.nbytes)
+                if not np.array_equal(prediction[part], target[part]):
+                    different.add(p.span)
+        if np.array_equal(prediction, target):
+            return Coded(b"", registry.NONE, 0, checksum, ())
+    unlike = tuple(different)
+    plain = Coded(target.tobytes(), registry.by_name("raw").id, FLAG_UNPREDICTED, checksum, unlike)
+    if raw:
+        return plain
+    best = plain
+    codec = registry.by_id(record.codec)
+    coded, flags = dtype, 0
+    if record.narrow:
+        small = predictors.narrow(target, DTYPES[record.narrow])
+        if small is not None:
+            coded, flags, target = DTYPES[record.narrow], FLAG_NARROWED, small
+            prediction = predictor.predict(section, begin, nbytes, coded)
+            if prediction is not None and np.array_equal(prediction, target):
+                return Coded(b"", registry.NONE, flags, checksum, unlike)
+    if prediction is not None:
+        payload = codec.encode(prediction, target, coded, record.params)
+        best = _smaller(best, Coded(payload, codec.id, flags, checksum, unlike))
+    if prediction is None or len(best.payload) > 0.7 * target.nbytes:
+        payload = codec.encode(None, target, coded, record.params)
+        best = _smaller(best, Coded(payload, codec.id, flags | FLAG_UNPREDICTED, checksum, unlike))
+        if coded.kind != "float" and codec.name != "zstd":
+            zstd = registry.by_name("zstd")
+            payload = zstd.encode(None, target, coded, b"")
+            best = _smaller(best, Coded(payload, zstd.id, flags | FLAG_UNPREDICTED, checksum, unlike))
+    return best
+
+
+def _smaller(one: Coded, other: Coded) -> Coded:
+    return other if len(other.payload) < len(one.payload) else one
+
+
+def _same_type(span: SpanRecord) -> bool:
+    return span.prediction != PREDICTION_NONE and not span.origin_dtype
+
+
+def encode_model(
+    source: ByteSource,
+    plan: Plan,
+    parents: Sequence[ByteSource],
+    writer: Callable[[int], DiffWriter],
+    manifest: Manifest,
+    *,
+    jobs: int,
+    raw: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Code all of ``source`` into the ``DiffWriter`` that ``writer(chunk_count)`` gives, and finish the diff.
+
+    Args:
+        manifest: as it will be, save for the SHA-256 and for spans that turn out to be the very bytes of their parent.
+        jobs: how many threads code.
+        progress: is told how many more bytes of the model were read.
+
+    Returns:
+        The manifest as it was written.
+
+    Raises:
+        Changing: the model became shorter while it was read.
+        HydraError: it or a parent cannot be read, or the diff not be written.
+    """
+    table = tabulate(replace_sha256(manifest, bytes(32)), manifest.name)
+
+    def read_parent(parent: int, offset: int, out: memoryview) -> None:
+        origin = source if parent == SELF else parents[parent]
+        if origin.pread_into(offset, out) != out.nbytes:
+            raise ParentChanged("a parent became shorter", where=manifest.parents[parent].name)
+
+    predictor = Predictor(plan.spans, plan.sections, table, read_parent)
+    output = writer(table.chunk_count)
+    different: set[int] = set()
+    pending: deque[tuple[int, Future[Coded]]] = deque()
+
+    def write_one() -> None:
+        chunk, future = pending.popleft()
+        coded = future.result()
+        different.update(coded.different)
+        output.append(chunk, coded.payload, coded.codec, coded.flags, coded.checksum)
+
+    filling: dict[int, bytearray] = {}
+    sent = [0] * len(plan.sections)
+    left = table.section_nbytes.tolist()
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(jobs, "hydrafs-encode") as pool:
+        try:
+            for number, span in enumerate(plan.spans):
+                section = span.section
+                offset, end = int(table.offsets[number]), int(table.offsets[number]) + span.nbytes
+                while offset < end:
+                    block = source.pread(offset, min(_READ_NBYTES, end - offset))
+                    if not block:
+                        raise Changing("a model became shorter while it was read", where=manifest.name)
+                    digest.update(block)
+                    offset += len(block)
+                    if progress:
+                        progress(len(block))
+                    buffer = filling.setdefault(section, bytearray())
+                    buffer += block
+                    left[section] -= len(block)
+                    while len(buffer) >= plan.chunk_nbytes or (buffer and not left[section]):
+                        target = np.frombuffer(bytes(memoryview(buffer)[: plan.chunk_nbytes]), np.uint8)
+                        del buffer[: plan.chunk_nbytes]
+                        begin = sent[section] * plan.chunk_nbytes
+                        future = pool.submit(code_chunk, predictor, section, begin, target, raw=raw)
+                        pending.append((int(table.first_chunk[section]) + sent[section], future))
+                        sent[section] += 1
+                        while len(pending) > 3 * jobs + 2:
+                            write_one()
+                    if not left[section]:
+                        del filling[section]
+            while pending:
+                write_one()
+        except BaseException:
+            for _, future in pending:
+                future.cancel()
+            raise
+    spans = tuple(
+        msgspec.structs.replace(span, prediction=PREDICTION_SAME)
+        if _same_type(span) and number not in different and span.parent != SELF
+        else span
+        for number, span in enumerate(plan.spans)
+    )
+    complete = msgspec.structs.replace(manifest, spans=spans, sha256=digest.digest())
+    output.finish(complete)
+    return complete
+
+
+def replace_sha256(manifest: Manifest, sha256: bytes) -> Manifest:
+    """The manifest with another SHA-256."""
+    return msgspec.structs.replace(manifest, sha256=sha256)
+
+
+def estimate(source: ByteSource, plan: Plan, parents: Sequence[ByteSource], manifest: Manifest, samples: int = 24) -> float:
+    """What share of the model will be stored, from ``samples`` chunks spread over it.
+
+    For deciding whether there is room and whether it is worth it; some per cent off at times.
+    """
+    table = tabulate(replace_sha256(manifest, bytes(32)), manifest.name)
+
+    def read_parent(parent: int, offset: int, out: memoryview) -> None:
+        (source if parent == SELF else parents[parent]).pread_into(offset, out)
+
+    predictor = Predictor(plan.spans, plan.sections, table, read_parent)
+    total = stored = 0
+    for number in sorted({(table.chunk_count - 1) * i // max(1, samples - 1) for i in range(samples)}):
+        section, place = table.chunk_section(number)
+        begin = place * plan.chunk_nbytes
+        nbytes = min(plan.chunk_nbytes, int(table.section_nbytes[section]) - begin)
+        parts = predictor.pieces(section, begin, nbytes)
+        raw = b"".join(source.pread(int(table.offsets[p.span]) + p.inside, p.nbytes) for p in parts)
+        coded = code_chunk(predictor, section, begin, np.frombuffer(raw, np.uint8), raw=False)
+        total += nbytes
+        stored += len(coded.payload)
+    return stored / total if total else 0.0
+
+

@@ -1,0 +1,275 @@
+"""Mountpoints seen from outside: what of ours is mounted where, whether one can be mounted on, and taking it down.
+
+Nothing here prints or reads the environment. The kernel's table (``/proc/self/mountinfo``, see proc(5)) is asked before
+anything is touched: a ``stat`` of a mount whose daemon hangs would hang too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import queue
+import re
+import shutil
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydrafs.errors import Denied, HydraError, MountFailed, NotFound, UsageError
+
+__all__ = ["MountInfo", "all_mounts", "check_mountpoint", "check_store_paths", "clear_stale", "our_mounts",
+           "raise_readahead", "resolve", "unmount", "wait_until_answers"]  # fmt: skip
+
+log = logging.getLogger("hydrafs.mountpoints")
+
+SUBTYPE = "hydrafs"
+FSTYPE = f"fuse.{SUBTYPE}"
+READAHEAD_KIB = 1024
+_MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount(2)
+_DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+_SEE_LOG = "look into its log, or mount with --foreground"
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """One line of ``/proc/self/mountinfo``. ``device`` is ``MAJOR:MINOR``."""
+
+    mount_id: int
+    device: str
+    mountpoint: Path
+    fstype: str
+    source: str
+    options: tuple[str, ...]
+
+
+def _unescape(field: str) -> str:
+    """Space, tab, newline and backslash are written as three octal digits (proc(5))."""
+    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
+
+
+def all_mounts() -> list[MountInfo]:
+    """Every mount of this namespace, in the order of the kernel: of two on one place the last is on top."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
+        for line in table:
+            left, _, right = line.rstrip("\n").partition(" - ")
+            fields, (fstype, source, super_options) = left.split(" "), right.split(" ")[:3]
+            options = dict.fromkeys([*fields[5].split(","), *super_options.split(",")])
+            mountpoint = Path(_unescape(fields[4]))
+            found.append(MountInfo(int(fields[0]), fields[2], mountpoint, fstype, _unescape(source), tuple(options)))
+    return found
+
+
+def our_mounts() -> list[MountInfo]:
+    """The mounts of hydrafs, whoever made them, dead ones included."""
+    return [mount for mount in all_mounts() if mount.fstype == FSTYPE]
+
+
+def resolve(mountpoint: str | os.PathLike[str]) -> Path:
+    """The absolute path without symlinks, also of a mountpoint whose daemon is dead."""
+    return Path(os.path.realpath(mountpoint))
+
+
+def _topmost(mountpoint: Path) -> MountInfo | None:
+    return next((mount for mount in reversed(all_mounts()) if mount.mountpoint == mountpoint), None)
+
+
+def _is_dead(path: Path) -> bool:
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno in _DEAD
+    return False
+
+
+def clear_stale(mountpoint: Path) -> int:
+    """Take down what dead daemons of ours left at ``mountpoint`` (resolved); how many there were.
+
+    Only what is ours by the kernel's table *and* answers that nobody is connected is touched.
+    """
+    count = 0
+    while count < 16:
+        top = _topmost(mountpoint)
+        if top is None or top.fstype != FSTYPE or not _is_dead(mountpoint):
+            break
+        log.warning("%s: the daemon of this mount is dead, unmounting", mountpoint)
+        _unmount_path(mountpoint, lazy=True)
+        count += 1
+    return count
+
+
+def check_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> None:
+    """Refuse a place that should not be mounted on.
+
+    Raises:
+        NotFound: there is nothing, or a file.
+        MountFailed: something is mounted there already, or the directory has files in it.
+        Denied: it cannot be looked at.
+    """
+    top = _topmost(mountpoint)
+    if top is not None:
+        remedy = f"hydrafs umount {mountpoint}" if top.fstype == FSTYPE else "unmount it or choose another directory"
+        raise MountFailed(
+            "the mountpoint is in use", where=mountpoint, detail=f"{top.fstype} is mounted there", remedy=remedy
+        )
+    try:
+        mode = os.stat(mountpoint).st_mode
+        if not stat.S_ISDIR(mode):
+            raise NotFound("the mountpoint is no directory", where=mountpoint, remedy="name a directory")
+        with os.scandir(mountpoint) as names:
+            empty = next(names, None) is None
+    except FileNotFoundError:
+        raise NotFound("no such mountpoint", where=mountpoint, remedy=f"mkdir -p {mountpoint}") from None
+    except NotADirectoryError:
+        raise NotFound("the mountpoint is no directory", where=mountpoint, remedy="name a directory") from None
+    except OSError as error:
+        raise Denied(
+            "the mountpoint cannot be used",
+            where=mountpoint,
+            detail=error.strerror or "",
+            remedy="check the permissions of the directory",
+        ) from None
+    if not empty and not nonempty:
+        raise MountFailed(
+            "the mountpoint is not empty",
+            where=mountpoint,
+            detail="what is in it would be hidden",
+            remedy="choose an empty directory, or add -o nonempty",
+        )
+
+
+def check_store_paths(mountpoint: Path, store_paths: Sequence[str | os.PathLike[str]], *, over_store: bool) -> None:
+    """Refuse a mount that would hide what it is made of, or that would show itself.
+
+    Args:
+        mountpoint: resolved.
+        store_paths: the store, its bases' folders, its cache: everything that the daemon opens by name.
+        over_store: the tree holds descriptors from before the mount, so a path may be the mountpoint itself.
+
+    Raises:
+        UsageError: one of the paths is at or below the mountpoint, or the mountpoint is inside one of them.
+    """
+    for given in store_paths:
+        path = resolve(given)
+        if path == mountpoint and over_store:
+            continue
+        if path.is_relative_to(mountpoint):
+            raise UsageError(
+                "the mount would hide files that it needs",
+                where=path,
+                detail=f"it lies at or below the mountpoint {mountpoint}",
+                remedy="choose a mountpoint outside",
+            )
+        if mountpoint.is_relative_to(path):
+            raise UsageError(
+                "the mountpoint lies inside the store",
+                where=mountpoint,
+                detail=f"the mount of {path} would show itself",
+                remedy="choose a mountpoint outside",
+            )
+
+
+def wait_until_answers(mountpoint: Path, known: frozenset[int], seconds: float) -> MountInfo:
+    """Wait for a mount of ours at ``mountpoint`` that is none of ``known`` (mount ids) and answers a stat.
+
+    The stat is made on a thread of its own, which is left behind when the daemon hangs.
+
+    Raises:
+        MountFailed: the mount answers with an error, or not at all within ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    answers: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            os.stat(mountpoint)
+        except OSError as error:
+            answers.put(error)
+        else:
+            answers.put(None)
+
+    while time.monotonic() < deadline:
+        top = _topmost(mountpoint)
+        if top is None or top.fstype != FSTYPE or top.mount_id in known:
+            time.sleep(0.002)
+            continue
+        threading.Thread(target=ask, name="hydrafs-answer", daemon=True).start()
+        with contextlib.suppress(queue.Empty):
+            error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+            if error is None:
+                return top
+            raise MountFailed("the mount does not work", where=mountpoint, detail=error.strerror or "", remedy=_SEE_LOG)
+    raise MountFailed("the mount does not answer", where=mountpoint, detail=f"for {seconds:g} s", remedy=_SEE_LOG)
+
+
+def raise_readahead(mount: MountInfo) -> bool:
+    """Let the kernel read ahead 1 MiB on this mount; whether it could be set (only root may, and not everywhere).
+
+    At 128 KiB, the default, sequential reads come to less than half the speed; 4 MiB and more slow mapped loads down.
+    """
+    knob = Path(f"/sys/class/bdi/{mount.device}/read_ahead_kb")
+    try:
+        knob.write_text(f"{READAHEAD_KIB}\n")
+    except OSError as error:
+        log.debug("%s: readahead stays as it is: %s", mount.mountpoint, error)
+        return False
+    return True
+
+
+def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
+    """Take a mount of ours down; its daemon ends by itself.
+
+    Args:
+        mountpoint: where it is mounted.
+        lazy: also while files are open on it: the name is free at once, the daemon lives until they are closed.
+
+    Raises:
+        NotFound: nothing is mounted there.
+        MountFailed: it is not ours, or busy.
+        Denied: it is someone else's.
+    """
+    path = resolve(mountpoint)
+    top = _topmost(path)
+    if top is None:
+        ours = ", ".join(str(mount.mountpoint) for mount in our_mounts())
+        raise NotFound(
+            "nothing is mounted", where=path, remedy=f"mounted now: {ours}" if ours else "no hydrafs mount is up"
+        )
+    if top.fstype != FSTYPE:
+        raise MountFailed("not a hydrafs mount", where=path, detail=f"it is {top.fstype}", remedy=f"umount {path}")
+    _unmount_path(path, lazy=lazy or _is_dead(path))
+
+
+def _unmount_path(path: Path, *, lazy: bool) -> None:
+    if os.geteuid() == 0:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) == 0:
+            return
+        number = ctypes.get_errno()
+        raise _unmount_error(path, os.strerror(number), busy=number == errno.EBUSY)
+    tool = shutil.which("fusermount3") or shutil.which("fusermount")
+    if tool is None:
+        raise MountFailed("fusermount3 is not installed", remedy="install fuse3, or unmount as root")
+    command = [tool, "-u", *(["-z"] if lazy else []), "--", os.fspath(path)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode != 0:
+        reason = done.stderr.strip()
+        raise _unmount_error(path, reason, busy="busy" in reason)
+
+
+def _unmount_error(path: Path, reason: str, *, busy: bool) -> HydraError:
+    if busy:
+        return MountFailed(
+            "the mount is in use",
+            where=path,
+            detail=reason,
+            remedy=f"close what uses it (fuser -vm {path} lists that), or add --lazy",
+        )
+    return Denied("the mount cannot be taken down", where=path, detail=reason, remedy="ask as who mounted it, or root")

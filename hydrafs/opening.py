@@ -1,0 +1,238 @@
+"""Opening a model of a store: its diff, its parents, their parents, and the proof that each is what it was.
+
+Rule 1: what can be known to be wrong with a parent is found here, before a byte is served.
+Rule 2: opening never reads a large parent whole: its size and a probe are compared at once, its SHA-256 comes from the
+        catalog, or is taken in the background while checksums guard every byte (``hydrafs.rehydrate``, rule 2).
+Rule 3: a chain of parents is at most ``MAX_DEPTH`` long and never leads back to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hydrafs.cache import ChunkCache
+from hydrafs.diff import SUFFIX, DiffFile
+from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable
+from hydrafs.identity import FileIdentity, probe, sha256
+from hydrafs.layout import FileSource
+from hydrafs.manifest import Parent
+from hydrafs.rehydrate import OpenParent, Rehydrated
+from hydrafs.store import ModelEntry, Store, trailer_of
+
+log = logging.getLogger(__name__)
+
+MAX_DEPTH = 8
+HASHED_AT_OPEN_NBYTES = 128 << 20
+"""A parent of unknown SHA-256 and at most this size is hashed when it is opened: about a tenth of a second."""
+_SCAN_SECONDS = 2.0
+
+
+class Opener:
+    """Opens the models of one store. Thread safety: any number of threads.
+
+    ``background`` says whether large parents of unknown SHA-256 are hashed by a thread of the opener's own; a command
+    that reads everything anyway does without.
+    """
+
+    def __init__(self, store: Store, cache: ChunkCache, *, background: bool = False) -> None:
+        self.store = store
+        self.cache = cache
+        self._hasher = ThreadPoolExecutor(1, "hydrafs-proof") if background else None
+        self._lock = threading.Lock()
+        self._hashing: set[tuple[Path, FileIdentity]] = set()
+        self._proven: set[tuple[Path, FileIdentity, bytes]] = set()
+        self._disproved: set[tuple[Path, FileIdentity, bytes]] = set()
+        self._scan: tuple[float, dict[int, list[Path]], dict[bytes, list[Path]]] | None = None
+
+    def open(self, entry: ModelEntry) -> FileSource | Rehydrated:
+        """The model as a ``ByteSource``: the plain file, or its diff with all parents open.
+
+        Raises:
+            ParentUnavailable, CorruptDiff, UnsupportedDiff, HydraError: it cannot be served; nothing stays open.
+        """
+        if not entry.is_diff:
+            return FileSource(entry.path)
+        return self.open_diff(entry.path)
+
+    def open_diff(self, path: Path) -> Rehydrated:
+        """The diff at ``path`` as the model that it stands for; see ``open``."""
+        return self._open_chain(DiffFile(path), ())
+
+    def _open_chain(self, diff: DiffFile, above: tuple[bytes, ...]) -> Rehydrated:
+        parents: list[OpenParent] = []
+        try:
+            chain = (*above, diff.manifest.sha256)
+            if len(chain) > MAX_DEPTH:
+                raise ParentLoop(
+                    "a chain of parents is too long", where=diff.path, detail=f"more than {MAX_DEPTH}",
+                    remedy="rehydrate a model in the chain and dehydrate it against a base",
+                )
+            parents.extend(self._open_parent(parent, diff, chain) for parent in diff.manifest.parents)
+            return Rehydrated(diff, parents, self.cache)
+        except BaseException:
+            diff.close()
+            for parent in parents:
+                parent.source.close()
+            raise
+
+    def _open_parent(self, parent: Parent, diff: DiffFile, chain: tuple[bytes, ...]) -> OpenParent:
+        if parent.sha256 in chain:
+            raise ParentLoop("a diff needs itself", where=diff.path, detail=f"through {parent.name}",
+                             remedy="restore the parent as a full file")
+        changed: Path | None = None
+        trouble: ParentUnavailable | None = None
+        for path in self._candidates(parent):
+            try:
+                if path.name.endswith(SUFFIX):
+                    if trailer_of(path).sha256 == parent.sha256:
+                        source = self._open_chain(DiffFile(path), chain)
+                        return OpenParent(source, lambda: True, parent.name)
+                    continue
+                opened = self._open_plain(path, parent)
+            except ParentUnavailable as error:
+                trouble = error
+                continue
+            except HydraError as error:
+                log.debug("%s cannot serve as %s: %s", path, parent.name, error)
+                continue
+            if opened:
+                return opened
+            changed = changed or path
+        digest = parent.sha256.hex()
+        if changed is not None:
+            raise ParentChanged(
+                f"a parent of {diff.path} has changed", where=changed, detail=f"not the {parent.size} bytes of SHA-256 "
+                f"{digest}", remedy=f"put the original {Path(parent.name).name} back in the store or in a base folder",
+            )
+        if trouble is not None:
+            raise trouble
+        raise ParentMissing(
+            f"a parent of {diff.path} is missing", where=parent.name, detail=f"SHA-256 {digest}, {parent.size} bytes",
+            remedy="put it back in the store, or add its folder to base_folders in .hydrafs/config.toml",
+        )
+
+    def _open_plain(self, path: Path, parent: Parent) -> OpenParent | None:
+        """``path`` as the parent, or ``None`` where it is another file."""
+        source = FileSource(path)
+        try:
+            identity = FileIdentity.of(source.stat)
+            if identity.size != parent.size or self._is_disproved(path, identity, parent.sha256):
+                source.close()
+                return None
+            known = self.store.catalog.sha256(path, identity)
+            if known is None:
+                if probe(source) != parent.probe:
+                    source.close()
+                    return None
+                if identity.size <= HASHED_AT_OPEN_NBYTES:
+                    known = sha256(source)
+                    self.store.catalog.remember_sha256(path, identity, known)
+            if known is not None and known != parent.sha256:
+                source.close()
+                return None
+        except BaseException:
+            source.close()
+            raise
+        if known is not None:
+            return OpenParent(source, lambda: _is_untouched(source), parent.name)
+        self._prove_later(path, identity, parent.sha256)
+        return OpenParent(
+            source, lambda: self._is_proven(path, identity, parent.sha256) and _is_untouched(source), parent.name
+        )
+
+    # Proof of large parents
+
+    def _is_disproved(self, path: Path, identity: FileIdentity, digest: bytes) -> bool:
+        with self._lock:
+            return (path, identity, digest) in self._disproved
+
+    def _is_proven(self, path: Path, identity: FileIdentity, digest: bytes) -> bool:
+        with self._lock:
+            return (path, identity, digest) in self._proven
+
+    def _prove_later(self, path: Path, identity: FileIdentity, digest: bytes) -> None:
+        if self._hasher is None:
+            return
+        with self._lock:
+            if (path, identity) in self._hashing:
+                return
+            self._hashing.add((path, identity))
+        self._hasher.submit(self._prove, path, identity, digest)
+
+    def _prove(self, path: Path, identity: FileIdentity, digest: bytes) -> None:
+        try:
+            with FileSource(path) as source:
+                if FileIdentity.of(source.stat) == identity:
+                    found = sha256(source)
+                    if FileIdentity.of(os.fstat(source.fd)) == identity:
+                        self.store.catalog.remember_sha256(path, identity, found)
+                        verdict = self._proven if found == digest else self._disproved
+                        with self._lock:
+                            verdict.add((path, identity, digest))
+                        if found != digest:
+                            log.error("the parent %s has changed: SHA-256 %s, expected %s; restore it", path, found.hex(),
+                                      digest.hex())
+        except HydraError as error:
+            log.warning("cannot prove the parent %s: %s", path, error)
+        finally:
+            with self._lock:
+                self._hashing.discard((path, identity))
+
+    # Where a parent may stand
+
+    def _candidates(self, parent: Parent) -> Iterator[Path]:
+        seen: set[Path] = set()
+        for path in self._places(parent):
+            if path not in seen:
+                seen.add(path)
+                if path.is_file():
+                    yield path
+
+    def _places(self, parent: Parent) -> Iterator[Path]:
+        store = self.store
+        hint = store.root / parent.name
+        folders = (store.root, *store.base_folders)
+        hints = [hint, *(folder / Path(parent.name).name for folder in folders)]
+        for path in hints:
+            yield path
+            yield path.with_name(path.name + SUFFIX)
+        yield from store.catalog.paths_of(parent.sha256)
+        by_size, by_sha256 = self._scanned()
+        yield from by_sha256.get(parent.sha256, ())
+        yield from by_size.get(parent.size, ())
+
+    def _scanned(self) -> tuple[dict[int, list[Path]], dict[bytes, list[Path]]]:
+        """Every file of the store and the base folders, plain ones by size and diffs by their model's SHA-256."""
+        with self._lock:
+            if self._scan and time.monotonic() - self._scan[0] < _SCAN_SECONDS:
+                return self._scan[1], self._scan[2]
+        by_size: dict[int, list[Path]] = {}
+        by_sha256: dict[bytes, list[Path]] = {}
+        for folder in (self.store.root, *self.store.base_folders):
+            for model in self.store.models(folder):
+                with contextlib.suppress(OSError, HydraError):
+                    if model.is_diff:
+                        by_sha256.setdefault(trailer_of(model.path).sha256, []).append(model.path)
+                    else:
+                        by_size.setdefault(model.path.stat().st_size, []).append(model.path)
+        with self._lock:
+            self._scan = (time.monotonic(), by_size, by_sha256)
+        return by_size, by_sha256
+
+    def close(self) -> None:
+        """Stop hashing in the background."""
+        if self._hasher is not None:
+            self._hasher.shutdown(wait=False, cancel_futures=True)
+
+
+def _is_untouched(source: FileSource) -> bool:
+    """Whether nothing wrote to an open file since it was opened, by its times. Asked at each read: a microsecond."""
+    then, now = source.stat, os.fstat(source.fd)
+    return then.st_mtime_ns == now.st_mtime_ns and then.st_ctime_ns == now.st_ctime_ns and then.st_size == now.st_size

@@ -1,0 +1,292 @@
+"""The arithmetic that turns a parent's elements into a prediction, bit for bit the same on every machine.
+
+Rule 1: rounding is to nearest, ties to even; subnormals are kept on both sides; what is too large becomes infinity.
+Rule 2: a NaN keeps its sign and the top bits of its payload. Widened, it is padded with zeros and never quieted;
+narrowed, a payload of which nothing is left becomes the quiet bit alone. So narrowing undoes widening for every word.
+Rule 3: floating-point hardware is used only where IEEE 754 leaves no choice and no mode of the processor (flush to
+zero, denormals are zero) has a say; everything else is done with integers.
+
+Sources: IEEE 754-2008, sections 3.4 (encodings), 4.3.1 (roundTiesToEven) and 5.4.2 (conversion); bfloat16 is the upper
+half of binary32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from hydrafs.dtypes import DTYPES, DType
+from hydrafs.errors import BadModel
+
+Words = npt.NDArray[np.uint8]
+_Array = npt.NDArray[Any]
+
+_BLOCK = 32768
+"""Elements that are worked on at once, so that the arrays in use stay in the processor's second-level cache."""
+
+
+class _Format(NamedTuple):
+    """An IEEE 754 interchange format, by the widths of its fields in bits."""
+
+    exponent: int
+    mantissa: int
+
+    @property
+    def nbytes(self) -> int:
+        return (1 + self.exponent + self.mantissa) // 8
+
+    @property
+    def word(self) -> np.dtype[np.unsignedinteger]:
+        return np.dtype(f"<u{self.nbytes}")
+
+    @property
+    def sign(self) -> int:
+        return 1 << (self.exponent + self.mantissa)
+
+    @property
+    def infinity(self) -> int:
+        return ((1 << self.exponent) - 1) << self.mantissa
+
+    @property
+    def bias(self) -> int:
+        return (1 << (self.exponent - 1)) - 1
+
+
+_FORMATS: dict[str, _Format] = {
+    "F64": _Format(11, 52),
+    "F32": _Format(8, 23),
+    "F16": _Format(5, 10),
+    "BF16": _Format(8, 7),
+}
+_NARROWINGS = {"F16": "F32", "BF16": "F32", "F32": "F64"}
+"""What a type is narrowed from."""
+
+
+def castable(from_dtype: DType, to_dtype: DType) -> bool:
+    """Whether ``cast`` knows the way from one type to the other."""
+    return from_dtype is to_dtype or (from_dtype.name in _FORMATS and to_dtype.name in _FORMATS)
+
+
+def cast(source: Words, from_dtype: DType, to_dtype: DType) -> Words:
+    """The elements of ``source`` as another type, rounded by the rules at the top of this module.
+
+    Args:
+        source: raw elements of ``from_dtype``, little-endian; not changed.
+        from_dtype: one of F64, F32, F16, BF16, or any type when ``to_dtype`` is the same.
+        to_dtype: one of the same four.
+
+    Returns:
+        The raw elements of ``to_dtype``, as many as were given; ``source`` itself, not a copy, for the same type.
+
+    Raises:
+        BadModel: the pair is not ``castable``, or ``source`` is no whole number of elements.
+
+    Thread safety: free of shared state.
+    """
+    if from_dtype is to_dtype:
+        return source
+    if not castable(from_dtype, to_dtype):
+        raise BadModel(
+            "a tensor cannot be predicted from another of that type",
+            detail=f"{from_dtype.name} cast to {to_dtype.name}",
+            remedy="dehydrate the model again",
+        )
+    _whole(source, from_dtype)
+    words = source.view(_FORMATS[from_dtype.name].word)
+    result = np.empty(words.size * to_dtype.nbytes, dtype=np.uint8)
+    out = result.view(_FORMATS[to_dtype.name].word)
+    for start in range(0, words.size, _BLOCK):
+        _cast_block(words[start : start + _BLOCK], from_dtype.name, to_dtype.name, out[start : start + _BLOCK])
+    return result
+
+
+def narrow(words: Words, to_dtype: DType) -> Words | None:
+    """The elements as a narrower type, if each of them comes back bit for bit from ``widen``.
+
+    Args:
+        words: raw elements, little-endian, of F32 for F16 and BF16, of F64 for F32; not changed.
+        to_dtype: F16, BF16 or F32.
+
+    Returns:
+        The raw elements of ``to_dtype``, or ``None`` when one element (a NaN and -0 included) would not survive.
+
+    Raises:
+        BadModel: another type, or ``words`` is no whole number of elements.
+
+    Thread safety: free of shared state.
+    """
+    if to_dtype.name not in _NARROWINGS:
+        raise _no_narrowing("no type", to_dtype.name)
+    from_dtype = DTYPES[_NARROWINGS[to_dtype.name]]
+    _whole(words, from_dtype)
+    wide, small = _FORMATS[from_dtype.name], _FORMATS[to_dtype.name]
+    source = words.view(wide.word)
+    lost = (1 << (wide.mantissa - small.mantissa)) - 1
+    result = np.empty(source.size * to_dtype.nbytes, dtype=np.uint8)
+    out = result.view(small.word)
+    back = np.empty(min(_BLOCK, source.size), dtype=wide.word)
+    start, count = 0, 1024  # a short first block: most tensors that do not fit say so at once
+    while start < source.size:
+        block, into = source[start : start + count], out[start : start + count]
+        # Whatever `to_dtype` can hold, subnormals and NaNs too, has none of the bits that it lacks.
+        if int(np.bitwise_or.reduce(block)) & lost:
+            return None
+        _cast_block(block, from_dtype.name, to_dtype.name, into)
+        check = back[: block.size]
+        _cast_block(into, to_dtype.name, from_dtype.name, check)
+        if not np.array_equal(check, block):
+            return None
+        start, count = start + count, _BLOCK
+    return result
+
+
+def widen(words: Words, from_dtype: DType, to_dtype: DType) -> Words:
+    """The inverse of ``narrow``: elements of the narrow ``from_dtype`` as ``to_dtype``, every one exact, NaNs too.
+
+    Raises:
+        BadModel: not a pair that ``narrow`` knows, or ``words`` is no whole number of elements.
+
+    Thread safety: free of shared state.
+    """
+    if _NARROWINGS.get(from_dtype.name) != to_dtype.name:
+        raise _no_narrowing(to_dtype.name, from_dtype.name)
+    return cast(words, from_dtype, to_dtype)
+
+
+def _no_narrowing(wide: str, small: str) -> BadModel:
+    return BadModel("a type cannot be narrowed so", detail=f"{wide} to {small}", remedy="dehydrate the model again")
+
+
+def _whole(words: Words, dtype: DType) -> None:
+    if words.nbytes % dtype.nbytes:
+        raise BadModel(
+            "a tensor is no whole number of elements",
+            detail=f"{words.nbytes} bytes of {dtype.name}",
+            remedy="dehydrate the model again",
+        )
+
+
+def _cast_block(words: _Array, source: str, target: str, out: _Array) -> None:
+    """Cast unsigned words of format ``source`` into ``out``, unsigned words of format ``target``."""
+    if (source, target) in (("F32", "F16"), ("F16", "F32")):
+        _by_hardware(words, source, target, out)
+    elif (source, target) == ("BF16", "F32"):
+        out[:] = words
+        out <<= 16
+    elif (source, target) == ("F32", "BF16"):
+        _to_bfloat16(words, out)
+    elif {source, target} == {"F16", "BF16"}:
+        middle = np.empty(words.size, dtype="<u4")  # F32 holds both, so this rounds once
+        _cast_block(words, source, "F32", middle)
+        _cast_block(middle, "F32", target, out)
+    elif source == "F64":
+        _by_integers_down(words, _FORMATS[source], _FORMATS[target], out)
+    else:
+        _by_integers_up(words, _FORMATS[source], _FORMATS[target], out)
+
+
+def _by_hardware(words: _Array, source: str, target: str, out: _Array) -> None:
+    """F32 to F16 and back by numpy.
+
+    The F16C instructions ignore the flush-to-zero and denormals-are-zero modes for the half-precision side, and a
+    subnormal F32 is zero as an F16 in any mode. Only NaNs are left to choice: those are done again with integers.
+    """
+    wide, small = _FORMATS["F32"], _FORMATS["F16"]
+    down = target == "F16"
+    with np.errstate(all="ignore"):
+        if down:
+            out.view("<f2")[:] = words.view("<f4")
+        else:
+            out.view("<f4")[:] = words.view("<f2")
+    halves = out if down else words
+    magnitude = halves & np.uint16(small.sign - 1)
+    if magnitude.size and int(magnitude.max()) > small.infinity:
+        nan = magnitude > small.infinity
+        if down:
+            out[nan] = _narrow_nan(words[nan], wide, small)
+        else:
+            out[nan] = _widen_special(words[nan], small, wide)
+
+
+def _to_bfloat16(words: _Array, out: _Array) -> None:
+    form, small = _FORMATS["F32"], _FORMATS["BF16"]
+    rounded = words >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += words
+    rounded >>= np.uint32(16)
+    out[:] = rounded
+    magnitude = words & np.uint32(form.sign - 1)
+    if magnitude.size and int(magnitude.max()) > form.infinity:
+        nan = magnitude > form.infinity
+        out[nan] = _narrow_nan(words[nan], form, small)
+
+
+def _narrow_nan(words: _Array, wide: _Format, small: _Format) -> _Array:
+    """NaNs of ``wide`` as NaNs of ``small``: sign and top payload bits kept, never an empty payload."""
+    payload = (words & ((1 << wide.mantissa) - 1)) >> (wide.mantissa - small.mantissa)
+    payload[payload == 0] = 1 << (small.mantissa - 1)
+    return (_moved_sign(words, wide, small) | small.infinity | payload).astype(small.word)
+
+
+def _widen_special(words: _Array, small: _Format, wide: _Format) -> _Array:
+    """Infinities and NaNs of ``small`` as those of ``wide``: sign and payload kept, zeros behind."""
+    values = words.astype(wide.word)
+    payload = (values & ((1 << small.mantissa) - 1)) << (wide.mantissa - small.mantissa)
+    sign = (values & small.sign) << (8 * (wide.nbytes - small.nbytes))
+    result: _Array = sign | wide.infinity | payload
+    return result
+
+
+def _moved_sign(words: _Array, wide: _Format, small: _Format) -> _Array:
+    moved: _Array = (words & wide.sign) >> (8 * (wide.nbytes - small.nbytes))
+    return moved
+
+
+def _by_integers_down(words: _Array, wide: _Format, small: _Format, out: _Array) -> None:
+    """F64 to a narrower format. Rounding adds just under half a unit, plus the last kept bit for ties to even; a carry
+    runs on into the exponent, which is what it should do."""
+    magnitude = words & np.uint64(wide.sign - 1)
+    shift = wide.mantissa - small.mantissa
+    exponent = (magnitude >> np.uint64(wide.mantissa)).astype(np.int64)
+    lowest = wide.bias - small.bias + 1  # the exponent field whose values are normal in `small`
+
+    odd = (magnitude >> np.uint64(shift)) & 1
+    rounded = (magnitude + odd + np.uint64((1 << (shift - 1)) - 1)) >> np.uint64(shift)
+    result = np.minimum(rounded - np.uint64((lowest - 1) << small.mantissa), np.uint64(small.infinity))
+
+    tiny = np.flatnonzero(exponent < lowest)
+    if tiny.size:
+        level = exponent[tiny]
+        fraction = magnitude[tiny] & np.uint64((1 << wide.mantissa) - 1)
+        # An F64 subnormal is far below half of any smallest value here, so the implicit bit may be set for it too.
+        fraction |= np.uint64(1 << wide.mantissa)
+        drop = np.minimum(shift + lowest - level, wide.mantissa + 2).astype(np.uint64)
+        odd = (fraction >> drop) & 1
+        half = (np.uint64(1) << (drop - 1)) - 1
+        result[tiny] = (fraction + half + odd) >> drop
+
+    out[:] = result | _moved_sign(words, wide, small)
+    nan = magnitude > wide.infinity
+    if nan.any():
+        out[nan] = _narrow_nan(words[nan], wide, small)
+
+
+def _by_integers_up(words: _Array, small: _Format, wide: _Format, out: _Array) -> None:
+    """A narrower format to F64."""
+    values = words.astype(wide.word)
+    magnitude = values & np.uint64(small.sign - 1)
+    shift = wide.mantissa - small.mantissa
+    sign = (values & np.uint64(small.sign)) << np.uint64(8 * (wide.nbytes - small.nbytes))
+    result = (magnitude << np.uint64(shift)) + np.uint64((wide.bias - small.bias) << wide.mantissa)
+
+    tiny = magnitude < (1 << small.mantissa)  # zeros and subnormals: whole numbers of a unit that F64 holds as normal
+    if tiny.any():
+        unit = 2.0 ** (1 - small.bias - small.mantissa)
+        result[tiny] = (magnitude[tiny].astype(np.float64) * unit).view(wide.word)
+    out[:] = result | sign
+    special = magnitude >= small.infinity
+    if special.any():
+        out[special] = _widen_special(words[special], small, wide)

@@ -1,0 +1,345 @@
+"""The tree that the user owns: names, lookup, configuration, and the order in which a diff takes a model's place.
+
+Rule 1: ``NAME.hydra`` is listed as ``NAME``; where a plain ``NAME`` stands beside it, the plain file is the model.
+Rule 2: a commit is: temporary file, fsync, rename, fsync of the folder. Only then may an original go.
+Rule 3: names that hydrafs keeps for itself begin with ``.hydrafs`` and are in no listing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import stat as stat_module
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import tomli_w
+
+from hydrafs.catalog import Catalog
+from hydrafs.diff import SUFFIX, Trailer, read_trailer
+from hydrafs.errors import AlreadyThere, HydraError, NotFound, UsageError, from_oserror
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # pragma: no cover - depends on the interpreter
+    import tomli as tomllib
+
+PRIVATE = ".hydrafs"
+MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+_TEMPORARY = ".hydrafs-tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A model of a store: ``name`` relative to the root, as listed; ``path`` is the file that holds it."""
+
+    name: str
+    path: Path
+    is_diff: bool
+
+
+def is_private(name: str) -> bool:
+    """Whether a file name is hydrafs' own, and so in no listing."""
+    return name.startswith(PRIVATE)
+
+
+def looks_like_model(name: str) -> bool:
+    """Whether a file of this name is taken for a model when one is looked for."""
+    return name.lower().endswith(MODEL_SUFFIXES)
+
+
+def listed_name(name: str) -> str:
+    """The name that a file is listed under: without the ending where it is a diff's."""
+    return name[: -len(SUFFIX)] if name.endswith(SUFFIX) and len(name) > len(SUFFIX) else name
+
+
+def find_root(path: Path) -> Path | None:
+    """The store that ``path`` is in: the nearest folder above it that holds ``.hydrafs``."""
+    for folder in (path, *path.parents):
+        if (folder / PRIVATE).is_dir():
+            return folder
+    return None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make renames and removals in ``folder`` survive a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class TemporaryFile:
+    """A file that does not exist under its name until ``commit``. Leaving the context without it removes the file.
+
+    It is locked while it is open, so that another process can tell it from one that a crash left behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        try:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise from_oserror(error, "cannot write in", folder) from error
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.file: BinaryIO = os.fdopen(fd, "w+b", buffering=1 << 20)
+        self._committed = False
+
+    def flush_to_disk(self) -> None:
+        """What was written is on the disk when this returns."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def commit(self, target: Path, *, replace: bool = False) -> None:
+        """Give the file its name and make that durable.
+
+        Raises:
+            AlreadyThere: ``target`` exists and ``replace`` is false.
+        """
+        self.flush_to_disk()
+        try:
+            if replace:
+                self.path.replace(target)
+            else:
+                # link(2) fails where rename(2) would silently replace; some filesystems have no links.
+                try:
+                    os.link(self.path, target)
+                    self.path.unlink()
+                except FileExistsError:
+                    raise
+                except OSError:
+                    if target.exists() or target.is_symlink():
+                        raise FileExistsError(17, "File exists", os.fspath(target)) from None
+                    self.path.rename(target)
+            self._committed = True
+            fsync_folder(target.parent)
+        except FileExistsError:
+            raise AlreadyThere("a file of that name exists", where=target, remedy="move it away first") from None
+        except OSError as error:
+            raise from_oserror(error, "cannot give the file its name", target) from error
+
+    def __enter__(self) -> TemporaryFile:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(OSError):
+            self.file.close()
+        if not self._committed:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+
+class Store:
+    """A directory tree of models, diffs and other files, and what hydrafs knows of it.
+
+    Thread safety: lookups from any number of threads; the configuration is changed by one at a time.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], *, create: bool = False) -> None:
+        """Open the store at ``root``; ``create`` makes its ``.hydrafs`` folder.
+
+        Raises:
+            NotFound, Denied: there is no such folder, or it may not be read or written.
+        """
+        path = Path(root).expanduser()
+        try:
+            self.root = path.resolve(strict=True)
+            if not self.root.is_dir():
+                raise UsageError("a store is a folder", where=path, remedy="name the folder that holds the models")
+            os.scandir(self.root).close()
+            if create:
+                self.private.mkdir(exist_ok=True)
+        except OSError as error:
+            raise from_oserror(error, "cannot open the store", path) from error
+        self.catalog = Catalog(self.private / "catalog.sqlite" if self.private.is_dir() else None)
+        self.base_folders = self._read_config()
+
+    @property
+    def private(self) -> Path:
+        """The folder of hydrafs' own files."""
+        return self.root / PRIVATE
+
+    def close(self) -> None:
+        """Close the catalog."""
+        self.catalog.close()
+
+    # Configuration
+
+    @property
+    def _config_path(self) -> Path:
+        return self.private / "config.toml"
+
+    def _config(self) -> dict[str, object]:
+        try:
+            with self._config_path.open("rb") as file:
+                return tomllib.load(file)
+        except FileNotFoundError:
+            return {}
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(
+                "the store's configuration cannot be read", where=self._config_path, detail=str(error),
+                remedy="mend the file or remove it",
+            ) from None
+        except OSError as error:
+            raise from_oserror(error, "cannot read the store's configuration", self._config_path) from error
+
+    def _read_config(self) -> tuple[Path, ...]:
+        folders = self._config().get("base_folders", [])
+        if not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
+            raise UsageError(
+                "base_folders is no list of paths", where=self._config_path, remedy='write base_folders = ["/path"]'
+            )
+        return tuple((self.root / Path(f).expanduser()).resolve() for f in folders)
+
+    def add_base_folder(self, folder: Path) -> None:
+        """Search ``folder`` for bases and parents from now on; kept in ``.hydrafs/config.toml``."""
+        folder = folder.resolve()
+        if folder in self.base_folders or folder.is_relative_to(self.root):
+            return
+        with self.lock():
+            config = self._config()
+            folders = config.get("base_folders", [])
+            assert isinstance(folders, list)
+            config["base_folders"] = [*folders, os.fspath(folder)]
+            with TemporaryFile(self.private) as temporary:
+                temporary.file.write(tomli_w.dumps(config).encode())
+                temporary.commit(self._config_path, replace=True)
+        self.base_folders = self._read_config()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the store's lock: one process at a time changes what the store says of itself. A crash lets go of it."""
+        try:
+            self.private.mkdir(exist_ok=True)
+            fd = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise from_oserror(error, "cannot lock the store", self.private) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    # Names
+
+    def models(self, folder: Path | None = None) -> Iterator[ModelEntry]:
+        """Every model under ``folder`` (default: the whole store), folders in name order. Links to folders are
+        followed once; hydrafs' own files are left out."""
+        seen: set[tuple[int, int]] = set()
+        pending = [folder or self.root]
+        while pending:
+            current = pending.pop()
+            try:
+                stat = current.stat()
+                if (stat.st_dev, stat.st_ino) in seen:
+                    continue
+                seen.add((stat.st_dev, stat.st_ino))
+                entries = sorted(os.scandir(current), key=lambda e: e.name)
+            except OSError:
+                continue
+            names = {e.name for e in entries}
+            folders = []
+            for entry in entries:
+                if is_private(entry.name):
+                    continue
+                if _is_folder(entry):
+                    folders.append(Path(entry.path))
+                    continue
+                if not _is_regular(entry):
+                    continue
+                name = listed_name(entry.name)
+                is_diff = name != entry.name
+                if is_diff and name in names:
+                    continue
+                if is_diff or looks_like_model(name):
+                    path = Path(entry.path)
+                    yield ModelEntry(self.relative(path.with_name(name)), path, is_diff)
+            pending.extend(reversed(folders))
+
+    def relative(self, path: Path) -> str:
+        """``path`` relative to the root where it is below it, else absolute."""
+        try:
+            return os.fspath(path.relative_to(self.root))
+        except ValueError:
+            return os.fspath(path)
+
+    def locate(self, name: str | os.PathLike[str]) -> ModelEntry:
+        """The model of that name: a path, or a name relative to the root, with or without the diff's ending.
+
+        Raises:
+            NotFound: no such model.
+        """
+        path = Path(name).expanduser()
+        for base in (path, self.root / path):
+            entry = self.entry(Path(os.path.abspath(base)))
+            if entry:
+                return entry
+        raise NotFound("no such model", where=path, remedy=f"hydrafs ls {self.root} lists what there is")
+
+    def entry(self, path: Path) -> ModelEntry | None:
+        """The model that stands at the absolute ``path`` (its listed name or its diff), if any."""
+        listed = path.with_name(listed_name(path.name))
+        for candidate in (listed, listed.with_name(listed.name + SUFFIX)):
+            if candidate.is_file():
+                if path != listed and candidate == listed and path.is_file():
+                    continue  # the diff was named outright, though a plain file hides it
+                return ModelEntry(self.relative(listed), candidate, candidate != listed)
+        return None
+
+    def dependents(self, sha256: bytes) -> list[ModelEntry]:
+        """The diffs that need the model of this SHA-256. Reads every diff's manifest."""
+        from hydrafs.diff import DiffFile  # noqa: PLC0415 - only here; keeps the metadata path light
+
+        found = []
+        for model in self.models():
+            if model.is_diff:
+                with contextlib.suppress(HydraError), DiffFile(model.path) as diff:
+                    if any(p.sha256 == sha256 for p in diff.manifest.parents):
+                        found.append(model)
+        return found
+
+    def remove_leftovers(self, folder: Path) -> int:
+        """Remove temporary files in ``folder`` that no living process holds; how many there were."""
+        count = 0
+        for path in folder.glob(_TEMPORARY + "*"):
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+                    count += 1
+                finally:
+                    os.close(fd)
+        return count
+
+
+def trailer_of(path: Path) -> Trailer:
+    """The trailer of the diff at ``path``; see ``hydrafs.diff.read_trailer``."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_oserror(error, "cannot open the diff", path) from error
+    try:
+        return read_trailer(fd, os.fspath(path))
+    finally:
+        os.close(fd)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_regular(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file() and stat_module.S_ISREG(entry.stat().st_mode)
+    except OSError:
+        return False
