@@ -90,9 +90,7 @@ def facts_of_diff(store: Store, path: Path) -> tuple[ModelFacts, Manifest]:
         return ModelFacts(manifest.container, tuple(tensors)), manifest
 
 
-def choose(
-    store: Store, opener: Opener, target: ByteSource, facts: ModelFacts, *, exclude: Sequence[Path]
-) -> Choice:
+def choose(store: Store, opener: Opener, target: ByteSource, facts: ModelFacts, *, exclude: Sequence[Path]) -> Choice:
     """The best parents for ``target`` among the models of the store and its base folders.
 
     ``exclude``: the model itself, and plain files that will not stay. Nothing found is a choice too: no parents, and a line that says so.

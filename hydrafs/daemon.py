@@ -43,6 +43,7 @@ _REMEDIES = (
 
 def serve_told(factory: Callable[[], Tree], path: Path, arguments: Sequence[str], binding: Binding, send: int) -> None:
     """Serve, and say on ``send``, a line of JSON each: who we are, and that the kernel is connected or what failed."""
+    told = False
 
     def tell(**message: object) -> None:
         # The parent may have been killed; the mount is there all the same.
@@ -50,8 +51,10 @@ def serve_told(factory: Callable[[], Tree], path: Path, arguments: Sequence[str]
             os.write(send, json.dumps(message).encode() + b"\n")
 
     def started() -> None:
+        nonlocal told
         tell(started=True)
         os.close(send)
+        told = True
 
     tell(pid=os.getpid())
     try:
@@ -59,7 +62,8 @@ def serve_told(factory: Callable[[], Tree], path: Path, arguments: Sequence[str]
     except BaseException as error:
         if not isinstance(error, HydraError):
             log.exception("the mount of %s failed", path)
-        tell(**_as_message(error, path))
+        if not told:
+            tell(**_as_message(error, path))
         raise
 
 
@@ -83,6 +87,7 @@ def serve_here(
 ) -> None:
     """Make the tree and serve it until the mount is taken down."""
     tree = factory()
+    os.chdir("/")
     if threading.current_thread() is not threading.main_thread():
         raise MountFailed("a mount is served by the main thread", where=path, remedy="use mount_in_background")
     handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _ENDING_SIGNALS}
@@ -199,14 +204,15 @@ def await_mount(receive: int, path: Path, known: frozenset[int], seconds: float)
 
 
 def _await_end(pid: int, seconds: float) -> None:
-    """Wait for a process that is not our child; one that does not end by itself is killed."""
+    """Wait for a process to end, whoever is its parent; one that does not end by itself is killed."""
     deadline = time.monotonic() + seconds
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(OSError):
         while time.monotonic() < deadline:
-            os.kill(pid, 0)
+            # "pid (name) state": Z has ended, and only waits for its parent to ask.
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
             time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
-        time.sleep(0.05)
 
 
 def _messages(receive: int, path: Path, seconds: float) -> Iterator[dict[str, Any]]:

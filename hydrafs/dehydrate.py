@@ -68,7 +68,11 @@ class Outcome:
 
 
 def dehydrate(
-    store: Store, model: Path, options: Options | None = None, *, folder: Path | None = None,
+    store: Store,
+    model: Path,
+    options: Options | None = None,
+    *,
+    folder: Path | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Store the plain file ``model`` as a diff in ``folder`` (default: its own), prove it, and remove the original.
@@ -153,7 +157,14 @@ def dehydrate(
             _remember(store, model, before, target, manifest.sha256, facts)
             removed = not options.keep and _remove(model, source, before)
             return Outcome(
-                model, target, source.size, stored, manifest.sha256, tuple(p.name for p in parents), choice.reasons, removed
+                model,
+                target,
+                source.size,
+                stored,
+                manifest.sha256,
+                tuple(p.name for p in parents),
+                choice.reasons,
+                removed,
             )
         finally:
             for parent in opened:
@@ -162,8 +173,12 @@ def dehydrate(
 
 def _refuse(model: Path) -> None:
     if model.is_symlink():
-        raise UsageError("a link is no model", where=model, detail=f"it points to {model.resolve()}",
-                         remedy="name the file that it points to")
+        raise UsageError(
+            "a link is no model",
+            where=model,
+            detail=f"it points to {model.resolve()}",
+            remedy="name the file that it points to",
+        )
     if not model.exists():
         raise NotFound("no such model", where=model, remedy="check the path")
     if not model.is_file():
@@ -199,9 +214,7 @@ def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
     return bases.Choice(tuple(candidates), ("base as named: " + ", ".join(c.entry.name for c in candidates),))
 
 
-def _only_used(
-    entries: list[ModelEntry], matches: list[Match | None]
-) -> tuple[list[ModelEntry], list[Match | None]]:
+def _only_used(entries: list[ModelEntry], matches: list[Match | None]) -> tuple[list[ModelEntry], list[Match | None]]:
     used = sorted({m.parent for m in matches if m and m.parent >= 0})
     number = {old: new for new, old in enumerate(used)}
     renumbered = [
@@ -234,8 +247,11 @@ def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
 def _check_depth(opened: Sequence[FileSource | Rehydrated]) -> None:
     depth = 1 + max((p.depth for p in opened if isinstance(p, Rehydrated)), default=0)
     if depth > MAX_DEPTH:
-        raise UsageError("the chain of parents would be too long", detail=f"{depth}, at most {MAX_DEPTH}",
-                         remedy="name a full model with --base")
+        raise UsageError(
+            "the chain of parents would be too long",
+            detail=f"{depth}, at most {MAX_DEPTH}",
+            remedy="name a full model with --base",
+        )
 
 
 def _check_space(folder: Path, nbytes: float, model: Path) -> None:
@@ -243,8 +259,9 @@ def _check_space(folder: Path, nbytes: float, model: Path) -> None:
     needed = int(nbytes * 1.1) + _SPACE_MARGIN_NBYTES
     if free < needed:
         raise NoSpace(
-            "not enough space for the diff", where=model, detail=f"{free / 1e6:.0f} MB free in {folder}, about "
-            f"{needed / 1e6:.0f} MB needed",
+            "not enough space for the diff",
+            where=model,
+            detail=f"{free / 1e6:.0f} MB free in {folder}, about {needed / 1e6:.0f} MB needed",
         )
 
 
@@ -290,4 +307,3 @@ def _remove(model: Path, source: FileSource, before: FileIdentity) -> bool:
         return False
     except OSError as error:
         raise from_oserror(error, "the diff is stored, but the original cannot be removed", model) from error
-

@@ -204,7 +204,9 @@ def replace_sha256(manifest: Manifest, sha256: bytes) -> Manifest:
     return msgspec.structs.replace(manifest, sha256=sha256)
 
 
-def estimate(source: ByteSource, plan: Plan, parents: Sequence[ByteSource], manifest: Manifest, samples: int = 24) -> float:
+def estimate(
+    source: ByteSource, plan: Plan, parents: Sequence[ByteSource], manifest: Manifest, samples: int = 24
+) -> float:
     """What share of the model will be stored, from ``samples`` chunks spread over it.
 
     For deciding whether there is room and whether it is worth it; some per cent off at times.
@@ -226,5 +228,3 @@ def estimate(source: ByteSource, plan: Plan, parents: Sequence[ByteSource], mani
         total += nbytes
         stored += len(coded.payload)
     return stored / total if total else 0.0
-
-

@@ -41,7 +41,13 @@ def facts_of(source: ByteSource, layout: Layout) -> ModelFacts:
         layout.container,
         tuple(
             TensorFacts(
-                s.name, s.dtype, s.shape, s.offset, s.nbytes, s.aliases, fingerprint(source, s.dtype, s.offset, s.nbytes)
+                s.name,
+                s.dtype,
+                s.shape,
+                s.offset,
+                s.nbytes,
+                s.aliases,
+                fingerprint(source, s.dtype, s.offset, s.nbytes),
             )
             for s in layout.tensors
         ),
@@ -65,7 +71,9 @@ def distances(one: TensorFacts, others: list[TensorFacts]) -> npt.NDArray[np.flo
                 result[i] = 0.0
         return result
     usable = [
-        i for i, o in enumerate(others) if o.dtype in _REAL and o.fingerprint and len(o.fingerprint) == len(one.fingerprint)
+        i
+        for i, o in enumerate(others)
+        if o.dtype in _REAL and o.fingerprint and len(o.fingerprint) == len(one.fingerprint)
     ]
     if usable and one.fingerprint:
         mine = _ordered(np.frombuffer(one.fingerprint, "<u2"))

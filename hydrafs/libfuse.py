@@ -24,6 +24,7 @@ _MODULES = {"mfusepy": "mfusepy", "fusepy": "fuse"}
 # Named libraries first: find_library runs ldconfig or gcc, which are slow and not everywhere.
 _LIBFUSE3 = ("libfuse3.so.4", "libfuse3.so.3")
 _LIBFUSE2 = ("libfuse.so.2",)
+_LIBRARY_PATH = "FUSE_LIBRARY_PATH"
 _NO_LIBFUSE = "install libfuse3 (Debian, Ubuntu: apt install fuse3; Fedora: dnf install fuse3); hydrafs doctor checks"
 
 MAX_READ_NBYTES = {3: 1 << 20, 2: 128 << 10}
@@ -65,6 +66,8 @@ class Binding:
             return [*common, *threads, f"max_idle_threads={MAX_THREADS}"]
         return [
             *common,
+            # libfuse2 looks by itself too; whether the place may be mounted on was decided before.
+            "nonempty",
             "use_ino",
             "readdir_ino",
             f"max_readahead={READAHEAD_NBYTES}",
@@ -102,8 +105,10 @@ def _load(name: str) -> Binding:
     library = library or (name == "mfusepy" and find_library("fuse3")) or find_library("fuse")
     module = sys.modules.get(_MODULES[name])
     if module is None:
-        # Both bindings look at this variable when they are imported. One that the user has set wins.
-        ours = bool(library) and os.environ.setdefault("FUSE_LIBRARY_PATH", str(library)) is library
+        # The only way to tell a binding which libfuse to load when it is imported; a path that the user has set wins.
+        ours = bool(library) and _LIBRARY_PATH not in os.environ
+        if ours:
+            os.environ[_LIBRARY_PATH] = str(library)
         try:
             module = importlib.import_module(_MODULES[name])
         except ModuleNotFoundError:
@@ -112,7 +117,7 @@ def _load(name: str) -> Binding:
             raise MountFailed("libfuse does not load", where=name, detail=str(error), remedy=_NO_LIBFUSE) from None
         finally:
             if ours:
-                os.environ.pop("FUSE_LIBRARY_PATH", None)
+                del os.environ[_LIBRARY_PATH]
     if not all(hasattr(module, needed) for needed in ("fuse_operations", "c_stat", "c_statvfs", "_libfuse")):
         raise MountFailed(
             "another package stands under the name of the FUSE binding",
@@ -122,8 +127,13 @@ def _load(name: str) -> Binding:
     lib = module._libfuse
     version = lib.fuse_version()
     major, minor = divmod(version, 10) if version < 100 else divmod(version, 100)
-    if major not in MAX_READ_NBYTES:
-        raise MountFailed("unknown libfuse", where=lib._name, detail=f"got version {version}", remedy=_NO_LIBFUSE)
+    if major not in ((2, 3) if name == "mfusepy" else (2,)):
+        raise MountFailed(
+            "this libfuse does not go with the FUSE binding",
+            where=lib._name,
+            detail=f"{name} got version {version}",
+            remedy=f"unset {_LIBRARY_PATH}, and install {'libfuse3' if name == 'mfusepy' else 'libfuse2'}",
+        )
     return Binding(name, module, major, minor, str(lib._name))
 
 

@@ -196,7 +196,9 @@ def tabulate(manifest: Manifest, where: str) -> SpanTable:
 
 def _check_predictions(manifest: Manifest, table: SpanTable, check: object) -> None:
     assert callable(check)
-    predicts_itself = np.array([s.prediction != PREDICTION_NONE and s.parent == SELF for s in manifest.spans], dtype=bool)
+    predicts_itself = np.array(
+        [s.prediction != PREDICTION_NONE and s.parent == SELF for s in manifest.spans], dtype=bool
+    )
     for number, span in enumerate(manifest.spans):
         section = manifest.sections[span.section]
         itemsize = DTYPES[section.dtype].nbytes if section.dtype else 1

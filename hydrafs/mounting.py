@@ -144,7 +144,7 @@ def mount(
         child = _fork()
         if child == 0:
             os.close(receive)
-            _daemon(tree_factory, path, arguments, loaded, send, output)
+            _daemon(lambda: serve_told(tree_factory, path, arguments, loaded, send), output)
     finally:
         os.close(output)
         os.close(send)
@@ -169,9 +169,7 @@ def _fork() -> int:
         return os.fork()
 
 
-def _daemon(
-    factory: Callable[[], Tree], path: Path, arguments: Sequence[str], binding: Binding, send: int, output: int
-) -> NoReturn:
+def _daemon(serve: Callable[[], None], output: int) -> NoReturn:
     """What the forked child does; never returns into the parent's code."""
     status = 1
     try:
@@ -181,7 +179,7 @@ def _daemon(
         null = os.open(os.devnull, os.O_RDONLY)
         for number, target in ((null, 0), (output, 1), (output, 2)):
             os.dup2(number, target)
-        serve_told(factory, path, arguments, binding, send)
+        serve()
         status = 0
     except BaseException:  # told by serve_told
         pass

@@ -83,7 +83,8 @@ def _topmost(mountpoint: Path) -> MountInfo | None:
 
 def _is_dead(path: Path) -> bool:
     try:
-        os.stat(path)
+        # Not stat: for a second the kernel answers that one itself.
+        os.statvfs(path)
     except OSError as error:
         return error.errno in _DEAD
     return False

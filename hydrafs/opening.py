@@ -71,7 +71,9 @@ class Opener:
             chain = (*above, diff.manifest.sha256)
             if len(chain) > MAX_DEPTH:
                 raise ParentLoop(
-                    "a chain of parents is too long", where=diff.path, detail=f"more than {MAX_DEPTH}",
+                    "a chain of parents is too long",
+                    where=diff.path,
+                    detail=f"more than {MAX_DEPTH}",
                     remedy="rehydrate a model in the chain and dehydrate it against a base",
                 )
             parents.extend(self._open_parent(parent, diff, chain) for parent in diff.manifest.parents)
@@ -84,8 +86,12 @@ class Opener:
 
     def _open_parent(self, parent: Parent, diff: DiffFile, chain: tuple[bytes, ...]) -> OpenParent:
         if parent.sha256 in chain:
-            raise ParentLoop("a diff needs itself", where=diff.path, detail=f"through {parent.name}",
-                             remedy="restore the parent as a full file")
+            raise ParentLoop(
+                "a diff needs itself",
+                where=diff.path,
+                detail=f"through {parent.name}",
+                remedy="restore the parent as a full file",
+            )
         changed: Path | None = None
         trouble: ParentUnavailable | None = None
         for path in self._candidates(parent):
@@ -108,13 +114,17 @@ class Opener:
         digest = parent.sha256.hex()
         if changed is not None:
             raise ParentChanged(
-                f"a parent of {diff.path} has changed", where=changed, detail=f"not the {parent.size} bytes of SHA-256 "
-                f"{digest}", remedy=f"put the original {Path(parent.name).name} back in the store or in a base folder",
+                f"a parent of {diff.path} has changed",
+                where=changed,
+                detail=f"not the {parent.size} bytes of SHA-256 {digest}",
+                remedy=f"put the original {Path(parent.name).name} back in the store or in a base folder",
             )
         if trouble is not None:
             raise trouble
         raise ParentMissing(
-            f"a parent of {diff.path} is missing", where=parent.name, detail=f"SHA-256 {digest}, {parent.size} bytes",
+            f"a parent of {diff.path} is missing",
+            where=parent.name,
+            detail=f"SHA-256 {digest}, {parent.size} bytes",
             remedy="put it back in the store, or add its folder to base_folders in .hydrafs/config.toml",
         )
 
@@ -177,8 +187,12 @@ class Opener:
                         with self._lock:
                             verdict.add((path, identity, digest))
                         if found != digest:
-                            log.error("the parent %s has changed: SHA-256 %s, expected %s; restore it", path, found.hex(),
-                                      digest.hex())
+                            log.error(
+                                "the parent %s has changed: SHA-256 %s, expected %s; restore it",
+                                path,
+                                found.hex(),
+                                digest.hex(),
+                            )
         except HydraError as error:
             log.warning("cannot prove the parent %s: %s", path, error)
         finally:

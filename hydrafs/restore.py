@@ -143,7 +143,10 @@ def uncompress(store: Store, entry: ModelEntry, *, jobs: int, progress: Progress
             tuple(msgspec.structs.replace(s, codec=raw, params=b"", narrow="") for s in manifest.sections),
             manifest.chunk_nbytes,
         )
-        changed = msgspec.structs.replace(manifest, spans=plan.spans, sections=plan.sections)
+        trailer = model.diff.trailer
+        changed = msgspec.structs.replace(
+            manifest, spans=plan.spans, sections=plan.sections, mode=trailer.mode, mtime_ns=trailer.mtime_ns
+        )
         _check_space(entry.path.parent, model.size, entry.path)
         with TemporaryFile(entry.path.parent) as temporary:
             try:
@@ -176,6 +179,7 @@ def _check_space(folder: Path, nbytes: int, where: Path) -> None:
         raise from_oserror(error, "cannot write in", folder) from error
     if free < nbytes:
         raise NoSpace(
-            "not enough space", where=where, detail=f"{free / 1e6:.0f} MB free in {folder}, {nbytes / 1e6:.0f} MB needed"
+            "not enough space",
+            where=where,
+            detail=f"{free / 1e6:.0f} MB free in {folder}, {nbytes / 1e6:.0f} MB needed",
         )
-

@@ -183,7 +183,9 @@ class Store:
             return {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(
-                "the store's configuration cannot be read", where=self._config_path, detail=str(error),
+                "the store's configuration cannot be read",
+                where=self._config_path,
+                detail=str(error),
                 remedy="mend the file or remove it",
             ) from None
         except OSError as error:

@@ -60,7 +60,12 @@ class OpenFile:
     """An open file of the mount: a plain file, or a diff read as its model. Thread safety: any number of readers."""
 
     def __init__(
-        self, tree: StoreTree, path: str, place: _Place, source: FileSource | Rehydrated, attributes: Attributes,
+        self,
+        tree: StoreTree,
+        path: str,
+        place: _Place,
+        source: FileSource | Rehydrated,
+        attributes: Attributes,
         content: Hashable,
     ) -> None:
         self.path = path
@@ -241,9 +246,11 @@ class StoreTree:
             return {}
         if not place.is_diff:
             known = self.store.catalog.sha256(Path(place.real), FileIdentity.of(place.stat))
-            return {XATTR_SHA256: known.hex(), XATTR_PREFIX + "state": "plain"} if known else {
-                XATTR_PREFIX + "state": "plain"
-            }
+            return (
+                {XATTR_SHA256: known.hex(), XATTR_PREFIX + "state": "plain"}
+                if known
+                else {XATTR_PREFIX + "state": "plain"}
+            )
         trailer = self._trailer(place)
         if trailer is None:
             return {XATTR_PREFIX + "state": "damaged"}
@@ -283,7 +290,9 @@ class StoreTree:
             return os.getxattr(place.real, name, follow_symlinks=False)
         except OSError as error:
             # A store on a filesystem without attributes has none; that is no reason to fail a copy.
-            raise OSError(errno.ENODATA if error.errno == errno.ENOTSUP else error.errno, error.strerror, path) from None
+            raise OSError(
+                errno.ENODATA if error.errno == errno.ENOTSUP else error.errno, error.strerror, path
+            ) from None
 
     # Reading
 
@@ -343,7 +352,9 @@ class StoreTree:
 
 
 def _same_file(one: _Place, other: _Place) -> bool:
-    return one.is_diff == other.is_diff and one.stat.st_ino == other.stat.st_ino and one.stat.st_dev == other.stat.st_dev
+    return (
+        one.is_diff == other.is_diff and one.stat.st_ino == other.stat.st_ino and one.stat.st_dev == other.stat.st_dev
+    )
 
 
 def _type_of(entry: os.DirEntry[str]) -> int:
@@ -361,8 +372,16 @@ def _type_of(entry: os.DirEntry[str]) -> int:
 
 def _plain_attributes(s: os.stat_result, mtime_ns: int | None = None) -> Attributes:
     return Attributes(
-        s.st_mode, s.st_nlink, s.st_uid, s.st_gid, s.st_size, s.st_ino, s.st_atime_ns,
-        s.st_mtime_ns if mtime_ns is None else mtime_ns, s.st_ctime_ns, s.st_blocks,
+        s.st_mode,
+        s.st_nlink,
+        s.st_uid,
+        s.st_gid,
+        s.st_size,
+        s.st_ino,
+        s.st_atime_ns,
+        s.st_mtime_ns if mtime_ns is None else mtime_ns,
+        s.st_ctime_ns,
+        s.st_blocks,
     )
 
 
@@ -370,6 +389,14 @@ def _model_attributes(s: os.stat_result, trailer: Trailer) -> Attributes:
     # The blocks are those of a file without holes: programs take fewer for a sparse file and copy it another way.
     mode = stat.S_IFREG | (trailer.mode & 0o7777)
     return Attributes(
-        mode, 1, s.st_uid, s.st_gid, trailer.size, s.st_ino, s.st_atime_ns, trailer.mtime_ns, s.st_ctime_ns,
+        mode,
+        1,
+        s.st_uid,
+        s.st_gid,
+        trailer.size,
+        s.st_ino,
+        s.st_atime_ns,
+        trailer.mtime_ns,
+        s.st_ctime_ns,
         -(-trailer.size // 512),
     )

@@ -1,0 +1,94 @@
+"""The command line: the only place that prints or reads the environment. One file per command.
+
+Commands are imported when they are called, so that help answers at once and a mount pays only for itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from hydrafs.errors import HydraError, from_oserror
+from hydrafs.version import __version__
+
+_COMMANDS = {
+    "bases": "What can serve as a base, and who depends on it.",
+    "dehydrate": "Turn models into small diffs, each proved before its original goes.",
+    "doctor": "What this machine has of what hydrafs needs, and what to do.",
+    "info": "What a model is made of, per tensor.",
+    "ls": "What a store holds, at what cost, against what.",
+    "mount": "Show a store as the full files that it stands for.",
+    "rehydrate": "Write a dehydrated model as a full file.",
+    "umount": "Take a mount down.",
+    "uncompress": "Recode a diff without compression, for the fastest reads.",
+    "verify": "Decode everything and compare SHA-256.",
+}
+
+
+class _Commands(click.Group):
+    """Commands by name, imported on use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(f"hydrafs.cli.{cmd_name}").command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(_COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            raise click.UsageError(f"no such command, {args[0]}; hydrafs --help lists them", ctx) from None
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="hydrafs")
+def _root() -> None:
+    """hydrafs: the filesystem for model checkpoints.
+
+    A fine-tune is stored as a small exact diff against its base; a mount lists it as the full file that it was.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. One line on stderr says what failed."""
+    try:
+        result = _root.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except HydraError as error:
+        return _failed(str(error), error.exit_code)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        message = error.format_message().rstrip(".")
+        return _failed(message[:1].lower() + message[1:], 2)
+    except (KeyboardInterrupt, click.Abort):
+        return _failed("interrupted; nothing was lost", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone; Python would complain about stdout at exit
+        return 141
+    except OSError as error:
+        wrapped = from_oserror(error, "the operating system refused")
+        return _failed(str(wrapped), wrapped.exit_code)
+    except RecursionError:
+        return _failed("a file is nested too deeply; it is left as it is", 4)
+    except MemoryError:
+        return _failed("not enough memory; use fewer --jobs or a smaller --cache-size", 8)
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"hydrafs: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,138 @@
+"""What the commands share: finding the store and the model that are meant, and showing things."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hydrafs.errors import UsageError
+from hydrafs.mountpoints import our_mounts
+from hydrafs.store import ModelEntry, Store, find_root
+
+_XATTR_PATH = "user.hydrafs.path"
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+jobs_option = click.option(
+    "--jobs", "-j", type=click.IntRange(1, 256), default=None, help="Threads that code (default: one per core)."
+)
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Where ``path`` stands in the store, if it is inside a mount of ours; else itself."""
+    absolute = Path(os.path.abspath(Path(path).expanduser()))
+    if any(absolute.is_relative_to(m.mountpoint) for m in our_mounts()):
+        with contextlib.suppress(OSError):
+            return Path(os.fsdecode(os.getxattr(absolute, _XATTR_PATH)))
+    return absolute
+
+
+def open_store(folder: str | os.PathLike[str], *, create: bool = False) -> Store:
+    """The store at ``folder``, or that the mount at ``folder`` shows."""
+    return Store(real_path(folder), create=create)
+
+
+def find_model(name: str | os.PathLike[str]) -> tuple[Store, ModelEntry]:
+    """The model that an argument means, and the store that it is in: the nearest one above it, else its own folder."""
+    path = real_path(name)
+    folder = path.parent
+    store = Store(find_root(folder) or folder)
+    return store, store.locate(path)
+
+
+def default_jobs(jobs: int | None) -> int:
+    """How many threads code."""
+    return jobs or max(1, os.cpu_count() or 1)
+
+
+def parse_nbytes(text: str) -> int:
+    """A size such as ``4G`` or ``512MiB`` in bytes."""
+    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+    number = text.strip().lower().removesuffix("b").removesuffix("i")
+    digits, unit = (number[:-1], number[-1]) if number[-1:].isalpha() else (number, "")
+    try:
+        nbytes = int(float(digits) * units[unit])
+    except (KeyError, ValueError, OverflowError):
+        nbytes = 0
+    if nbytes < 1:
+        raise UsageError("not a size", where=text, remedy="write it as 512M or 4G")
+    return nbytes
+
+
+def human(nbytes: float) -> str:
+    """A size as people read it, in powers of 1000 as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 999.5:
+            return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.95 else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def percent(part: float, whole: float) -> str:
+    """``part`` as a percentage of ``whole``."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def print_json(facts: object) -> None:
+    """Facts for programs, on stdout."""
+    json.dump(facts, sys.stdout, indent=2, default=str)
+    sys.stdout.write("\n")
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """A table: drawn on a terminal, tabs between columns in a pipe. ``right``: the columns of numbers."""
+    if not sys.stdout.isatty():
+        for row in (headers, *rows):
+            print("\t".join(row))
+        return
+    from rich.console import Console  # noqa: PLC0415 - a tenth of a second that only a terminal pays
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, header in enumerate(headers):
+        justify: Any = "right" if number in right else "left"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=number in right)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with rate and remaining time on a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty() or total <= 0:
+        yield lambda nbytes: None
+        return
+    from rich.console import Console  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)
+
+
+def log_to_stderr(level: int = logging.WARNING) -> None:
+    """Let the rooms' log lines be seen by whoever runs a command or a service in the foreground."""
+    logging.basicConfig(level=level, format="hydrafs: %(levelname)s: %(message)s", stream=sys.stderr)

@@ -1,0 +1,131 @@
+"""``hydrafs dehydrate``: models to diffs."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+import click
+
+from hydrafs.cli.common import (
+    default_jobs,
+    human,
+    jobs_option,
+    json_option,
+    percent,
+    print_json,
+    progress_bar,
+    real_path,
+)
+from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
+from hydrafs.errors import HydraError
+from hydrafs.store import Store, find_root
+
+
+@click.command("dehydrate", short_help="Turn models into small diffs.")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--store", "folder", metavar="DIR", help="Put the diffs here (default: beside each model).")
+@click.option("--base", "bases", multiple=True, metavar="PATH", help="Store against this model; may be given again.")
+@click.option("--no-compress", is_flag=True, help="Store residuals as they are, for the fastest reads.")
+@click.option("--keep", is_flag=True, help="Leave the original where it is.")
+@jobs_option
+@json_option
+def command(
+    models: tuple[str, ...],
+    folder: str | None,
+    bases: tuple[str, ...],
+    no_compress: bool,
+    keep: bool,
+    jobs: int | None,
+    as_json: bool,
+) -> int:
+    """Turn each MODEL into a diff, NAME.hydra, against the base that fits it best.
+
+    The diff is read back from disk and must give the model's SHA-256 before the original is removed. A model that would
+    not shrink by 5 % is left alone.
+    """
+    paths = [real_path(m) for m in models]
+    outcomes: list[dict[str, object]] = []
+    worst = 0
+    for path in paths:
+        try:
+            outcome = _one(path, folder, bases, no_compress, keep, default_jobs(jobs), tuple(paths))
+        except HydraError as error:
+            if len(paths) == 1:
+                raise
+            # The others are none the worse for it.
+            print(f"hydrafs: {error}", file=sys.stderr)
+            worst = worst or error.exit_code
+            continue
+        outcomes.append(_facts(outcome))
+        if not as_json:
+            _tell(outcome)
+    if as_json:
+        print_json(outcomes)
+    return worst
+
+
+def _one(
+    path: Path,
+    folder: str | None,
+    bases: tuple[str, ...],
+    no_compress: bool,
+    keep: bool,
+    jobs: int,
+    together: tuple[Path, ...],
+) -> Outcome:
+    if folder:
+        target = real_path(folder)
+        root = find_root(target) or target
+    else:
+        target = path.parent
+        root = find_root(target) or target
+    options = Options(
+        bases=tuple(real_path(b) for b in bases),
+        not_bases=together,
+        keep=keep,
+        jobs=jobs,
+        codec="raw" if no_compress else "planes",
+    )
+    store = Store(root, create=True)
+    with contextlib.closing(store), contextlib.ExitStack() as stack:
+        store.remove_leftovers(target)
+        bars: dict[Stage, object] = {}
+        titles = {"hash": "hashing the base", "encode": f"dehydrating {path.name}", "prove": f"proving {path.name}"}
+
+        def report(stage: Stage, nbytes: int) -> None:
+            bar = bars.get(stage)
+            if bar is None:
+                size = path.stat().st_size if path.exists() else 0
+                bar = bars[stage] = stack.enter_context(progress_bar(titles[stage], size))
+            bar(nbytes)  # type: ignore[operator]
+
+        return dehydrate(store, path, options, folder=target, progress=report)
+
+
+def _facts(outcome: Outcome) -> dict[str, object]:
+    return {
+        "model": str(outcome.model),
+        "diff": str(outcome.diff) if outcome.diff else None,
+        "size": outcome.size,
+        "stored": outcome.stored_nbytes if outcome.diff else outcome.size,
+        "sha256": outcome.sha256.hex() or None,
+        "parents": list(outcome.parents),
+        "reasons": list(outcome.reasons),
+        "original_removed": outcome.original_removed,
+    }
+
+
+def _tell(outcome: Outcome) -> None:
+    for reason in outcome.reasons:
+        print(f"  {reason}")
+    if outcome.diff is None:
+        share = percent(outcome.stored_nbytes, outcome.size)
+        print(f"{outcome.model.name}: left alone, it would take {share} of its size ({human(outcome.size)})")
+        return
+    kept = "" if outcome.original_removed else ", the original is kept"
+    print(
+        f"{outcome.model.name}: {human(outcome.size)} -> {human(outcome.stored_nbytes)} "
+        f"({percent(outcome.stored_nbytes, outcome.size)}), proved by SHA-256 {outcome.sha256.hex()[:16]}...{kept}"
+    )

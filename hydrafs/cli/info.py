@@ -1,0 +1,142 @@
+"""``hydrafs info``: what a model is made of."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import click
+
+from hydrafs import containers
+from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table
+from hydrafs.codecs import registry
+from hydrafs.diff import DiffFile
+from hydrafs.identity import FileIdentity
+from hydrafs.layout import FileSource
+from hydrafs.manifest import PREDICTION_NONE, PREDICTION_SAME, SELF
+from hydrafs.store import ModelEntry, Store
+
+
+@click.command("info", short_help="What a model is made of, per tensor.")
+@click.argument("model", metavar="MODEL")
+@json_option
+def command(model: str, as_json: bool) -> None:
+    """Show what MODEL holds: sizes, parents, and for each tensor what predicts it and what it costs."""
+    store, entry = find_model(model)
+    with contextlib.closing(store):
+        facts = _diff_facts(entry) if entry.is_diff else _plain_facts(store, entry)
+    if as_json:
+        print_json(facts)
+        return
+    print(f"{facts['name']}: {facts['container']}, {human(facts['size'])}, {facts['state']}")
+    if facts["sha256"]:
+        print(f"SHA-256 {facts['sha256']}")
+    if entry.is_diff:
+        print(f"stored in {facts['diff']}: {human(facts['stored'])} ({percent(facts['stored'], facts['size'])})")
+        for parent in facts["parents"]:
+            print(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
+    rows = [
+        [
+            t["name"] or "(literal bytes)",
+            t["dtype"],
+            "x".join(map(str, t["shape"])),
+            human(t["size"]),
+            human(t["stored"]),
+            percent(t["stored"], t["size"]),
+            t["prediction"],
+            t["codec"],
+        ]
+        for t in facts["spans"]
+    ]
+    print_table(["tensor", "dtype", "shape", "size", "stored", "ratio", "prediction", "codec"], rows, right=(3, 4, 5))
+
+
+def _plain_facts(store: Store, entry: ModelEntry) -> dict[str, Any]:
+    with FileSource(entry.path) as source:
+        layout = containers.parse(source, entry.path.name)
+        digest = store.catalog.sha256(entry.path, FileIdentity.of(os.fstat(source.fd)))
+    return {
+        "name": entry.name,
+        "state": "plain",
+        "container": layout.container,
+        "size": layout.size,
+        "stored": layout.size,
+        "sha256": digest.hex() if digest else "",
+        "parents": [],
+        "spans": [_span(s.name, s.dtype, s.shape, s.nbytes, s.nbytes, "-", "-") for s in layout.tensors],
+    }
+
+
+def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
+    with DiffFile(entry.path) as diff:
+        manifest = diff.manifest
+        spans = []
+        literal_size = literal_stored = 0
+        for number, (stored, codecs) in enumerate(_costs(diff)):
+            span = manifest.spans[number]
+            section = manifest.sections[span.section]
+            if not section.dtype:
+                literal_size += span.nbytes
+                literal_stored += stored
+                continue
+            if span.prediction == PREDICTION_NONE:
+                prediction = "none"
+            else:
+                parent = "itself" if span.parent == SELF else manifest.parents[span.parent].name
+                kind = "same" if span.prediction == PREDICTION_SAME else "tensor"
+                prediction = f"{kind}, {parent}" + (f" as {span.origin_dtype}" if span.origin_dtype else "")
+            spans.append(_span(span.name, section.dtype, span.shape, span.nbytes, stored, prediction, codecs))
+        if literal_size:
+            spans.append(_span("", "", (), literal_size, literal_stored, "none", "zstd"))
+        return {
+            "name": entry.name,
+            "state": "dehydrated",
+            "container": manifest.container,
+            "diff": str(entry.path),
+            "size": manifest.size,
+            "stored": diff.size,
+            "sha256": manifest.sha256.hex(),
+            "mode": manifest.mode,
+            "mtime_ns": manifest.mtime_ns,
+            "chunk_size": manifest.chunk_nbytes,
+            "writer": manifest.writer,
+            "parents": [{"name": p.name, "sha256": p.sha256.hex(), "size": p.size} for p in manifest.parents],
+            "spans": spans,
+        }
+
+
+def _costs(diff: DiffFile) -> list[tuple[int, str]]:
+    """For each span the stored bytes of its share of its chunks, and the codecs that they use."""
+    manifest, table = diff.manifest, diff.table
+    size = manifest.chunk_nbytes
+    costs = []
+    for number, span in enumerate(manifest.spans):
+        begin = int(table.in_section[number])
+        end = begin + span.nbytes
+        whole = int(table.section_nbytes[span.section])
+        stored = 0.0
+        codecs: dict[str, None] = {}
+        for place in range(begin // size, -(-end // size)):
+            chunk = int(table.first_chunk[span.section]) + place
+            held = min(size, whole - place * size)
+            mine = min(end, place * size + held) - max(begin, place * size)
+            stored += diff.chunk_nbytes[chunk] * mine / held
+            code = diff.chunk_codec[chunk]
+            codecs["-" if code == registry.NONE else registry.by_id(code).name] = None
+        costs.append((round(stored), ", ".join(codecs)))
+    return costs
+
+
+def _span(
+    name: str, dtype: str, shape: tuple[int, ...], size: int, stored: int, how: str, codec: str
+) -> dict[str, Any]:
+    return {
+        "name": name,
+        "dtype": dtype,
+        "shape": list(shape),
+        "size": size,
+        "stored": stored,
+        "prediction": how,
+        "codec": codec,
+    }

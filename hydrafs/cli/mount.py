@@ -1,0 +1,76 @@
+"""``hydrafs mount``: show a store as the full files that it stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+
+import click
+
+from hydrafs.cli.common import log_to_stderr, open_store, parse_nbytes
+from hydrafs.errors import UsageError
+from hydrafs.mounting import mount, parse_options
+
+_DEFAULT_CACHE = "4G"
+
+
+@click.command("mount", short_help="Show a store as full files.")
+@click.argument("store", metavar="STORE")
+@click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
+@click.option("--read-only", is_flag=True, help="Let nothing be written (so far the only way there is).")
+@click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground and log to the terminal.")
+@click.option(
+    "--cache-size", default=None, metavar="SIZE", help=f"Decoded tensors to keep [default: {_DEFAULT_CACHE}]."
+)
+@click.option(
+    "-o", "options", multiple=True, metavar="OPTS", help="Options as mount(8) takes them: allow_other,uid=..."
+)
+@click.option("--log-file", metavar="PATH", help="Where the daemon logs to [default: the store's .hydrafs/mount.log].")
+def command(
+    store: str,
+    mountpoint: str | None,
+    read_only: bool,
+    foreground: bool,
+    cache_size: str | None,
+    options: tuple[str, ...],
+    log_file: str | None,
+) -> None:
+    """Show STORE at MOUNTPOINT, each diff as the full file that it stands for.
+
+    Returns when the mount answers; with --foreground, when it is taken down.
+    """
+    if mountpoint is None:
+        raise UsageError(
+            "a mountpoint is needed",
+            where=store,
+            detail="mounting over the store itself is not there yet",
+            remedy="name an empty folder: hydrafs mount STORE MOUNTPOINT",
+        )
+    parsed = parse_options(",".join(options))
+    with contextlib.closing(open_store(store)) as opened:
+        root, folders = opened.root, opened.base_folders
+        private = opened.private
+        writable = os.access(opened.root, os.W_OK)
+    nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
+    level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
+    log_to_stderr(level if isinstance(level, int) else logging.WARNING)
+    log_path = log_file
+    if log_path is None and writable and not foreground:
+        private.mkdir(exist_ok=True)
+        log_path = os.fspath(private / "mount.log")
+
+    def make_tree() -> object:
+        from hydrafs.vfs import StoreTree  # noqa: PLC0415 - in the process that serves
+
+        return StoreTree(root, nbytes)
+
+    mount(
+        make_tree,  # type: ignore[arg-type]
+        mountpoint,
+        store_paths=[root, *folders],
+        options=parsed,
+        foreground=foreground,
+        binding=os.environ.get("HYDRAFS_FUSE") or None,
+        log_path=log_path,
+    )

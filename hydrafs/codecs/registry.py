@@ -1,0 +1,48 @@
+"""The append-only table of codec ids: an id never changes its meaning and is never used again.
+
+0 is the prediction itself, 4 is kept for a codec in compiled code; the next free id is 5.
+"""
+
+from __future__ import annotations
+
+from hydrafs.codecs import Codec
+from hydrafs.codecs.planes import PlanesCodec
+from hydrafs.codecs.raw import RawCodec
+from hydrafs.codecs.zstd import ZstdCodec
+from hydrafs.errors import UnsupportedDiff, UsageError
+
+NONE = 0
+"""The prediction is exact: there is no payload and no codec."""
+
+_CODECS: tuple[Codec, ...] = (RawCodec(), ZstdCodec(), PlanesCodec())
+_BY_ID: dict[int, Codec] = {codec.id: codec for codec in _CODECS}
+_BY_NAME: dict[str, Codec] = {codec.name: codec for codec in _CODECS}
+
+
+def names() -> tuple[str, ...]:
+    """The names of all codecs, in the order of their ids."""
+    return tuple(_BY_NAME)
+
+
+def by_id(codec_id: int) -> Codec:
+    """The codec that a diff names by number.
+
+    Raises:
+        UnsupportedDiff: this version has no codec of that id (``NONE`` is none).
+    """
+    try:
+        return _BY_ID[codec_id]
+    except KeyError:
+        raise UnsupportedDiff("a diff needs a codec that is not known here", detail=f"codec {codec_id}") from None
+
+
+def by_name(name: str) -> Codec:
+    """The codec that a user names.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    try:
+        return _BY_NAME[name]
+    except KeyError:
+        raise UsageError("no such codec", where=name, remedy=f"choose one of {', '.join(names())}") from None

@@ -1,0 +1,94 @@
+"""The safetensors container: a length, a JSON header, the tensors' bytes.
+
+Source: the format's description in safetensors' README and ``safetensors/src/tensor.rs`` (header at most 100 MB,
+offsets relative to the end of the header). Holes and overlaps, which that reader refuses, are tolerated: doubt is
+literal.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import msgspec
+
+from hydrafs.containers.tensor_names import Naming
+from hydrafs.dtypes import BYTES, DTYPES
+from hydrafs.errors import BadModel
+from hydrafs.layout import ByteSource, Layout, Span, cover
+
+CONTAINER = "safetensors"
+MAX_HEADER_NBYTES = 100_000_000
+# A colon stands before every value of a JSON object: this bounds what a header can become before any of it is made.
+MAX_COLONS = 1 << 21
+MAX_DIMENSIONS = 64
+MAX_METADATA_PAIRS = 64
+MAX_METADATA_NBYTES = 1 << 16
+
+
+class _Entry(msgspec.Struct):
+    """One tensor of a header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def sniff(head: bytes, size: int) -> bool:
+    """Whether a file of ``size`` bytes that starts with ``head`` (9 bytes or more) may be safetensors."""
+    nbytes = int.from_bytes(head[:8], "little")
+    return head[8:9] == b"{" and 2 <= nbytes <= min(MAX_HEADER_NBYTES, size - 8)
+
+
+def parse(source: ByteSource) -> Layout:
+    """The layout of a safetensors model. Reads the header only.
+
+    Raises:
+        BadModel: the length or the JSON of the header breaks the format's rules.
+    """
+    size = source.size
+    prefix = source.pread(0, 8)
+    if len(prefix) < 8:
+        raise BadModel("no safetensors header", detail=f"{size} bytes")
+    (header_nbytes,) = struct.unpack("<Q", prefix)
+    if header_nbytes > MAX_HEADER_NBYTES or 8 + header_nbytes > size:
+        raise BadModel("a safetensors header is longer than it may be", detail=f"{header_nbytes} bytes of {size}")
+    header = source.pread(8, header_nbytes)
+    if header.count(b":") > MAX_COLONS:
+        raise BadModel("a safetensors header has too many entries", detail=f"over {MAX_COLONS}")
+    try:
+        entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        metadata = _metadata(entries.pop("__metadata__", None))
+        decoder = msgspec.json.Decoder(_Entry)
+        tensors = [(name, decoder.decode(raw)) for name, raw in entries.items()]
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
+        raise BadModel("a safetensors header is damaged", detail=str(error)[:200]) from error
+    naming = Naming()
+    spans = (_span(naming, name, entry, 8 + header_nbytes) for name, entry in tensors)
+    return cover(CONTAINER, size, (span for span in spans if span is not None), metadata)
+
+
+def _span(naming: Naming, name: str, entry: _Entry, data_offset: int) -> Span | None:
+    """The numbers of one entry; ``None`` where its parts contradict each other."""
+    begin, end = entry.data_offsets
+    shape = entry.shape
+    if not 0 <= begin < end or len(shape) > MAX_DIMENSIONS or any(not 0 <= n < 1 << 63 for n in shape):
+        return None
+    dtype = DTYPES.get(entry.dtype)
+    if dtype is None:
+        dtype, shape = BYTES, (end - begin,)  # sub-byte and future types: bytes are always exact
+    elif math.prod(shape) * dtype.nbytes != end - begin:
+        return None
+    return Span(data_offset + begin, end - begin, dtype.name, naming.unique(name), shape)
+
+
+def _metadata(raw: msgspec.Raw | None) -> tuple[tuple[str, str], ...]:
+    """The ``__metadata__`` strings, cut to what a diff may carry."""
+    if raw is None:
+        return ()
+    pairs = msgspec.json.decode(raw, type=dict[str, str])
+    return tuple((_cut(key), _cut(value)) for key, value in list(pairs.items())[:MAX_METADATA_PAIRS])
+
+
+def _cut(text: str) -> str:
+    return text[:MAX_METADATA_NBYTES].encode("utf-8", "replace")[:MAX_METADATA_NBYTES].decode("utf-8", "ignore")
