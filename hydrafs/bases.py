@@ -93,7 +93,8 @@ def facts_of_diff(store: Store, path: Path) -> tuple[ModelFacts, Manifest]:
 def choose(store: Store, opener: Opener, target: ByteSource, facts: ModelFacts, *, exclude: Sequence[Path]) -> Choice:
     """The best parents for ``target`` among the models of the store and its base folders.
 
-    ``exclude``: the model itself, and plain files that will not stay. Nothing found is a choice too: no parents, and a line that says so.
+    ``exclude``: the model itself, and plain files that will not stay.
+    Nothing found is a choice too: no parents, and a line that says so.
     """
     plain: list[Candidate] = []
     diffs: list[ModelEntry] = []

@@ -69,7 +69,7 @@ class Catalog:
             database = None
             try:
                 database = sqlite3.connect(path, timeout=5, check_same_thread=False, isolation_level=None)
-                # It is a cache: losing the last facts in a power cut costs a second reading, an fsync costs every writer.
+                # It is a cache: losing the last facts in a power cut costs a reading, an fsync costs every writer.
                 database.execute("PRAGMA synchronous = OFF")
                 version = database.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:

@@ -153,11 +153,9 @@ class _CapturedStderr:
 class Watch:
     """Tells the foreground when its own mount answers, and ends the mount if it never does."""
 
-    def __init__(
-        self, path: Path, known: frozenset[int], seconds: float, on_ready: Callable[[MountInfo], None] | None
-    ) -> None:
+    def __init__(self, path: Path, seconds: float, on_ready: Callable[[MountInfo], None] | None) -> None:
         self.failure: HydraError | None = None
-        self._arguments = (path, known, seconds)
+        self._arguments = (path, seconds)
         self._on_ready = on_ready
 
     def start(self) -> None:
@@ -178,7 +176,7 @@ class Watch:
             log.exception("after the mount answered")
 
 
-def await_mount(receive: int, path: Path, known: frozenset[int], seconds: float) -> tuple[int, MountInfo]:
+def await_mount(receive: int, path: Path, seconds: float) -> tuple[int, MountInfo]:
     """Follow a daemon's messages until its mount answers; what fails is taken down before it is raised."""
     pid = 0
     try:
@@ -187,7 +185,7 @@ def await_mount(receive: int, path: Path, known: frozenset[int], seconds: float)
             if "error" in message:
                 raise _from_message(message)
             if "started" in message:
-                found = wait_until_answers(path, known, seconds)
+                found = wait_until_answers(path, seconds)
                 raise_readahead(found)
                 return pid, found
         raise MountFailed(

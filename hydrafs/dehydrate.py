@@ -18,7 +18,7 @@ from typing import Literal
 from hydrafs import bases, containers
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
-from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
+from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.encode import encode_model, estimate
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, UsageError, from_oserror
 from hydrafs.fingerprint import facts_of

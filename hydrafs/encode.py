@@ -29,7 +29,6 @@ from hydrafs.manifest import (
     PREDICTION_SAME,
     SELF,
     Manifest,
-    Parent,
     SpanRecord,
     tabulate,
 )

@@ -148,6 +148,8 @@ _READ_ONLY = (
 _FILL_DIR_PLUS = 1 << 1  # enum fuse_fill_dir_flags, libfuse 3 fuse.h
 _READDIR_PLUS = 1 << 0  # enum fuse_readdir_flags, libfuse 3 fuse.h
 _PYBUF_WRITE = 0x200
+# libfuse's FUSE_UNKNOWN_INO. Not 0: glibc leaves such a name out of a listing.
+_UNKNOWN_INO = 0xFFFFFFFF
 
 _memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
 _memory.restype = ctypes.py_object
@@ -294,17 +296,15 @@ class _Adapter:
         info.contents.fh = number
         return 0
 
-    def _readdir(  # noqa: PLR0917  libfuse's signature
-        self, path: bytes | None, out: Any, add: Any, offset: int, info: Any, flags: int = 0
-    ) -> int:
+    def _readdir(self, path: bytes | None, out: Any, add: Any, offset: int, info: Any, flags: int = 0) -> int:
         directory = self._directories.get(info.contents.fh)
         if directory is None:
             return -errno.EBADF
         if offset == 0:
             # Fresh at rewinddir(3) too, as POSIX has it.
             directory.entries = [
-                Entry(".", stat.S_IFDIR, 0),
-                Entry("..", stat.S_IFDIR, 0),
+                Entry(".", stat.S_IFDIR, _UNKNOWN_INO),
+                Entry("..", stat.S_IFDIR, _UNKNOWN_INO),
                 *self._tree.readdir(directory.path),
             ]
         result = self._stat()
@@ -322,7 +322,7 @@ class _Adapter:
                     pass
             if not fill:
                 result.st_mode = entry.mode
-                result.st_ino = entry.ino
+                result.st_ino = entry.ino or _UNKNOWN_INO
             name = entry.name.encode(_ENCODING, _ERRORS)
             full = add(out, name, result, index + 1, fill) if with_flags else add(out, name, result, index + 1)
             if full:

@@ -50,18 +50,22 @@ class BytesSource:
 
     @property
     def size(self) -> int:
+        """How many bytes there are."""
         return self._view.nbytes
 
     def pread(self, offset: int, nbytes: int) -> bytes:
+        """``nbytes`` bytes from ``offset``; fewer only at the end."""
         return bytes(self._view[offset : offset + max(0, nbytes)])
 
     def pread_into(self, offset: int, out: memoryview) -> int:
+        """Fill ``out`` from ``offset``; how many bytes were there."""
         piece = self._view[offset : offset + out.nbytes]
         out[: piece.nbytes] = piece
         return piece.nbytes
 
     def close(self) -> None:
-        return None
+        """Let go of what is held."""
+        return
 
 
 class FileSource:
@@ -82,9 +86,11 @@ class FileSource:
 
     @property
     def size(self) -> int:
+        """How many bytes there are."""
         return self._size
 
     def pread(self, offset: int, nbytes: int) -> bytes:
+        """``nbytes`` bytes from ``offset``; fewer only at the end."""
         nbytes = max(0, min(nbytes, self._size - offset))
         try:
             data = os.pread(self.fd, nbytes, offset)
@@ -98,6 +104,7 @@ class FileSource:
         return data
 
     def pread_into(self, offset: int, out: memoryview) -> int:
+        """Fill ``out`` from ``offset``; how many bytes were there."""
         nbytes = max(0, min(out.nbytes, self._size - offset))
         done = 0
         try:
@@ -114,6 +121,7 @@ class FileSource:
         return Changing("a file became shorter", where=self.path, detail=f"{end} bytes, {self._size} when opened")
 
     def close(self) -> None:
+        """Let go of what is held."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
@@ -129,8 +137,8 @@ class FileSource:
 class Span:
     """A byte range ``[offset, offset + nbytes)`` of a model.
 
-    ``dtype`` is a name of ``hydrafs.dtypes.DTYPES`` for numbers and empty for literal bytes. ``name`` is the tensor that
-    the numbers are known by (the storage's first tensor where several views share it), ``aliases`` the other names,
+    ``dtype`` is a name of ``hydrafs.dtypes.DTYPES`` for numbers and empty for literal bytes. ``name`` is the tensor
+    that the numbers are known by (a storage's first tensor where several views share it), ``aliases`` the other names,
     ``shape`` the tensor's shape where it fills the span, else the flat shape.
     """
 
@@ -152,13 +160,15 @@ class Span:
 
     @property
     def end(self) -> int:
+        """Where the span ends: the first byte that is not in it."""
         return self.offset + self.nbytes
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A parsed model: ``spans`` cover ``[0, size)``. ``container`` is the format's name (``safetensors``, ``torch-zip``,
-    ``torch-legacy``, ``opaque``). ``metadata`` holds the few strings a container carries for its readers (bounded)."""
+    """A parsed model: ``spans`` cover ``[0, size)``. ``container`` is the format's name (``safetensors``,
+    ``torch-zip``, ``torch-legacy``, ``opaque``). ``metadata`` holds the few strings a container
+    carries for its readers (bounded)."""
 
     container: str
     size: int
@@ -183,8 +193,8 @@ class Layout:
 def cover(container: str, size: int, numbers: Iterable[Span], metadata: Iterable[tuple[str, str]] = ()) -> Layout:
     """A layout from the spans that are numbers: what lies between them becomes literal.
 
-    Empty spans are left out. A span that overlaps an earlier one or leaves the file is dropped, so its bytes are literal
-    (or stay part of the earlier one): doubt costs bytes, never correctness.
+    Empty spans are left out. A span that overlaps an earlier one or leaves the file is dropped, so its bytes are
+    literal (or stay part of the earlier one): doubt costs bytes, never correctness.
     """
     spans: list[Span] = []
     position = 0

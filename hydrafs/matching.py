@@ -48,7 +48,8 @@ EMA_PREFIX = "model_ema."
 @dataclass(frozen=True, slots=True)
 class Match:
     """What predicts a tensor: ``count`` leading elements of it, by those at ``offset`` in ``parent`` (an index into the
-    parents, or ``SELF``), of type ``dtype``. ``how`` says by what it was found, ``distance`` how close the samples are."""
+    parents, or ``SELF``), of type ``dtype``. ``how`` says by what it was found, ``distance`` how close the samples are.
+    """
 
     parent: int
     offset: int
@@ -74,7 +75,7 @@ def _elements(tensor: TensorFacts) -> int:
 
 
 def _shared_elements(target: TensorFacts, other: TensorFacts) -> int:
-    """How many leading elements of ``target`` stand for those of ``other``: all where the shapes have the same size, the
+    """How many leading elements of ``target`` stand for those of ``other``: all where there are as many, the
     common rows where only the first dimension differs (a resized embedding), else none."""
     if not castable(DTYPES[other.dtype], DTYPES[target.dtype]):
         return 0
@@ -154,6 +155,10 @@ def _best(tensor: TensorFacts, indexes: list[_Index]) -> Match | None:
     return best if best is not None and best.distance < USELESS else None
 
 
+def _predicted_within(found: Match | None) -> bool:
+    return found is not None and found.parent == SELF
+
+
 def _within(target: ModelFacts, matches: list[Match | None]) -> list[Match | None]:
     """Let tensors that no parent predicts well be predicted by others of the same model: EMA copies, repeated weights.
 
@@ -177,7 +182,7 @@ def _within(target: ModelFacts, matches: list[Match | None]) -> list[Match | Non
             if candidate is not None and _elements(target.tensors[candidate]) == _elements(tensor):
                 found = candidate
         elif current is None:
-            earlier = [i for i in by_size.get(_elements(tensor), ()) if result[i] is None or result[i].parent != SELF]  # type: ignore[union-attr]
+            earlier = [i for i in by_size.get(_elements(tensor), ()) if not _predicted_within(result[i])]
             if earlier:
                 gaps = distances(tensor, [target.tensors[i] for i in earlier])
                 found = earlier[int(gaps.argmin())]
@@ -185,8 +190,7 @@ def _within(target: ModelFacts, matches: list[Match | None]) -> list[Match | Non
             other = target.tensors[found]
             source_match = result[found]
             gap = _distance(tensor, other)
-            predicted_by_self = source_match is not None and source_match.parent == SELF
-            if gap < threshold and not predicted_by_self and _shared_elements(tensor, other):
+            if gap < threshold and not _predicted_within(source_match) and _shared_elements(tensor, other):
                 result[number] = _match(SELF, tensor, other, "EMA" if current is None else "EMA, closer", gap)
                 sources.add(found)
         by_size.setdefault(_elements(tensor), []).append(number)

@@ -131,9 +131,8 @@ def mount(
         mountpoint, store_paths=store_paths, options=options, binding=binding, over_store=over_store
     )
     arguments = _arguments(options, store_paths)
-    known = frozenset(found.mount_id for found in our_mounts())
     if foreground:
-        watch = Watch(path, known, timeout_seconds, on_ready)
+        watch = Watch(path, timeout_seconds, on_ready)
         serve_here(tree_factory, path, arguments, loaded, watch.start)
         if watch.failure is not None:
             raise watch.failure
@@ -150,7 +149,7 @@ def mount(
         os.close(send)
     os.waitpid(child, 0)
     with os.fdopen(receive, "rb") as messages:
-        pid, found = await_mount(messages.fileno(), path, known, timeout_seconds)
+        pid, found = await_mount(messages.fileno(), path, timeout_seconds)
     if on_ready is not None:
         on_ready(found)
     return pid
@@ -231,7 +230,6 @@ def mount_in_background(
     path, loaded = preflight(
         mountpoint, store_paths=store_paths, options=options, binding=binding, over_store=over_store
     )
-    known = frozenset(found.mount_id for found in our_mounts())
     order = {
         "sys_path": [os.fspath(Path(entry).absolute()) for entry in sys.path],
         "factory": factory,
@@ -249,7 +247,7 @@ def mount_in_background(
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(json.dumps(order).encode() + b"\n")
             child.stdin.flush()
-        await_mount(child.stdout.fileno(), path, known, timeout_seconds)
+        await_mount(child.stdout.fileno(), path, timeout_seconds)
         yield path
     finally:
         child.send_signal(signal.SIGTERM)

@@ -177,8 +177,8 @@ def check_store_paths(mountpoint: Path, store_paths: Sequence[str | os.PathLike[
             )
 
 
-def wait_until_answers(mountpoint: Path, known: frozenset[int], seconds: float) -> MountInfo:
-    """Wait for a mount of ours at ``mountpoint`` that is none of ``known`` (mount ids) and answers a stat.
+def wait_until_answers(mountpoint: Path, seconds: float) -> MountInfo:
+    """Wait for a mount of ours at ``mountpoint``, where ``check_mountpoint`` saw none, to be there and answer a stat.
 
     The stat is made on a thread of its own, which is left behind when the daemon hangs.
 
@@ -198,7 +198,7 @@ def wait_until_answers(mountpoint: Path, known: frozenset[int], seconds: float) 
 
     while time.monotonic() < deadline:
         top = _topmost(mountpoint)
-        if top is None or top.fstype != FSTYPE or top.mount_id in known:
+        if top is None or top.fstype != FSTYPE:
             time.sleep(0.002)
             continue
         threading.Thread(target=ask, name="hydrafs-answer", daemon=True).start()

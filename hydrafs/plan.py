@@ -96,7 +96,7 @@ def _with_literals(layout: Layout, matches: Sequence[Match | None]) -> list[Matc
 
 
 def _narrow_dtype(source: ByteSource, span: Span) -> str:
-    """The narrower type that samples of a tensor fit, or nothing. Each chunk is tried again in full when it is coded."""
+    """The narrower type that samples of a tensor fit, or nothing. Each chunk is tried in full when it is coded."""
     if span.dtype not in _NARROWER or not span.nbytes:
         return ""
     dtype = DTYPES[span.dtype]

@@ -3,8 +3,8 @@
 Rule 1: rounding is to nearest, ties to even; subnormals are kept on both sides; what is too large becomes infinity.
 Rule 2: a NaN keeps its sign and the top bits of its payload. Widened, it is padded with zeros and never quieted;
 narrowed, a payload of which nothing is left becomes the quiet bit alone. So narrowing undoes widening for every word.
-Rule 3: floating-point hardware is used only where IEEE 754 leaves no choice and no mode of the processor (flush to
-zero, denormals are zero) has a say; everything else is done with integers.
+Rule 3: it is done with integers, because the modes of a processor (flush to zero, denormals are zero) and its ways with
+NaNs differ; and numpy's own conversion of F32 to F16 takes three times as long.
 
 Sources: IEEE 754-2008, sections 3.4 (encodings), 4.3.1 (roundTiesToEven) and 5.4.2 (conversion); bfloat16 is the upper
 half of binary32.
@@ -170,9 +170,7 @@ def _whole(words: Words, dtype: DType) -> None:
 
 def _cast_block(words: _Array, source: str, target: str, out: _Array) -> None:
     """Cast unsigned words of format ``source`` into ``out``, unsigned words of format ``target``."""
-    if (source, target) in (("F32", "F16"), ("F16", "F32")):
-        _by_hardware(words, source, target, out)
-    elif (source, target) == ("BF16", "F32"):
+    if (source, target) == ("BF16", "F32"):
         out[:] = words
         out <<= 16
     elif (source, target) == ("F32", "BF16"):
@@ -181,33 +179,10 @@ def _cast_block(words: _Array, source: str, target: str, out: _Array) -> None:
         middle = np.empty(words.size, dtype="<u4")  # F32 holds both, so this rounds once
         _cast_block(words, source, "F32", middle)
         _cast_block(middle, "F32", target, out)
-    elif source == "F64":
-        _by_integers_down(words, _FORMATS[source], _FORMATS[target], out)
+    elif words.itemsize > out.itemsize:
+        _down(words, _FORMATS[source], _FORMATS[target], out)
     else:
-        _by_integers_up(words, _FORMATS[source], _FORMATS[target], out)
-
-
-def _by_hardware(words: _Array, source: str, target: str, out: _Array) -> None:
-    """F32 to F16 and back by numpy.
-
-    The F16C instructions ignore the flush-to-zero and denormals-are-zero modes for the half-precision side, and a
-    subnormal F32 is zero as an F16 in any mode. Only NaNs are left to choice: those are done again with integers.
-    """
-    wide, small = _FORMATS["F32"], _FORMATS["F16"]
-    down = target == "F16"
-    with np.errstate(all="ignore"):
-        if down:
-            out.view("<f2")[:] = words.view("<f4")
-        else:
-            out.view("<f4")[:] = words.view("<f2")
-    halves = out if down else words
-    magnitude = halves & np.uint16(small.sign - 1)
-    if magnitude.size and int(magnitude.max()) > small.infinity:
-        nan = magnitude > small.infinity
-        if down:
-            out[nan] = _narrow_nan(words[nan], wide, small)
-        else:
-            out[nan] = _widen_special(words[nan], small, wide)
+        _up(words, _FORMATS[source], _FORMATS[target], out)
 
 
 def _to_bfloat16(words: _Array, out: _Array) -> None:
@@ -245,48 +220,60 @@ def _moved_sign(words: _Array, wide: _Format, small: _Format) -> _Array:
     return moved
 
 
-def _by_integers_down(words: _Array, wide: _Format, small: _Format, out: _Array) -> None:
-    """F64 to a narrower format. Rounding adds just under half a unit, plus the last kept bit for ties to even; a carry
-    runs on into the exponent, which is what it should do."""
-    magnitude = words & np.uint64(wide.sign - 1)
+def _down(words: _Array, wide: _Format, small: _Format, out: _Array) -> None:
+    """To a format of fewer exponent bits, or from F64. Rounding adds just under half a unit, plus the last kept bit for
+    ties to even; a carry runs on into the exponent, which is what it should do."""
+    word = wide.word.type
     shift = wide.mantissa - small.mantissa
-    exponent = (magnitude >> np.uint64(wide.mantissa)).astype(np.int64)
     lowest = wide.bias - small.bias + 1  # the exponent field whose values are normal in `small`
 
-    odd = (magnitude >> np.uint64(shift)) & 1
-    rounded = (magnitude + odd + np.uint64((1 << (shift - 1)) - 1)) >> np.uint64(shift)
-    result = np.minimum(rounded - np.uint64((lowest - 1) << small.mantissa), np.uint64(small.infinity))
+    magnitude = words & word(wide.sign - 1)
+    result = magnitude >> word(shift)
+    result &= word(1)
+    result += magnitude
+    result += word((1 << (shift - 1)) - 1)
+    result >>= word(shift)
+    result -= word((lowest - 1) << small.mantissa)  # what is too small wraps around, and is done again below
+    largest = int(magnitude.max()) if magnitude.size else 0
+    if largest >= (lowest + (1 << small.exponent) - 2) << wide.mantissa:
+        result[magnitude >= word((lowest + (1 << small.exponent) - 2) << wide.mantissa)] = small.infinity
 
-    tiny = np.flatnonzero(exponent < lowest)
+    tiny = np.flatnonzero(magnitude < word(lowest << wide.mantissa))
     if tiny.size:
-        level = exponent[tiny]
-        fraction = magnitude[tiny] & np.uint64((1 << wide.mantissa) - 1)
-        # An F64 subnormal is far below half of any smallest value here, so the implicit bit may be set for it too.
-        fraction |= np.uint64(1 << wide.mantissa)
-        drop = np.minimum(shift + lowest - level, wide.mantissa + 2).astype(np.uint64)
-        odd = (fraction >> drop) & 1
-        half = (np.uint64(1) << (drop - 1)) - 1
+        fraction = magnitude[tiny]
+        level = fraction >> word(wide.mantissa)
+        fraction &= word((1 << wide.mantissa) - 1)
+        # A subnormal of `wide` is far below half of any value of `small`, so the implicit bit may be set for it too.
+        fraction |= word(1 << wide.mantissa)
+        drop = np.minimum(word(shift + lowest) - level, word(wide.mantissa + 2))
+        odd = (fraction >> drop) & word(1)
+        half = (word(1) << (drop - word(1))) - word(1)
         result[tiny] = (fraction + half + odd) >> drop
 
-    out[:] = result | _moved_sign(words, wide, small)
-    nan = magnitude > wide.infinity
-    if nan.any():
+    sign = words & word(wide.sign)
+    sign >>= word(8 * (wide.nbytes - small.nbytes))
+    result |= sign
+    out[:] = result
+    if largest > wide.infinity:
+        nan = magnitude > word(wide.infinity)
         out[nan] = _narrow_nan(words[nan], wide, small)
 
 
-def _by_integers_up(words: _Array, small: _Format, wide: _Format, out: _Array) -> None:
-    """A narrower format to F64."""
-    values = words.astype(wide.word)
-    magnitude = values & np.uint64(small.sign - 1)
-    shift = wide.mantissa - small.mantissa
-    sign = (values & np.uint64(small.sign)) << np.uint64(8 * (wide.nbytes - small.nbytes))
-    result = (magnitude << np.uint64(shift)) + np.uint64((wide.bias - small.bias) << wide.mantissa)
-
-    tiny = magnitude < (1 << small.mantissa)  # zeros and subnormals: whole numbers of a unit that F64 holds as normal
-    if tiny.any():
-        unit = 2.0 ** (1 - small.bias - small.mantissa)
-        result[tiny] = (magnitude[tiny].astype(np.float64) * unit).view(wide.word)
-    out[:] = result | sign
-    special = magnitude >= small.infinity
-    if special.any():
+def _up(words: _Array, small: _Format, wide: _Format, out: _Array) -> None:
+    """To F64, or from F16 to F32: a format that holds every value of ``small``, its subnormals as normal numbers."""
+    word = wide.word.type
+    magnitude = words & small.word.type(small.sign - 1)
+    out[:] = magnitude
+    out <<= word(wide.mantissa - small.mantissa)
+    out += word((wide.bias - small.bias) << wide.mantissa)
+    tiny = np.flatnonzero(magnitude < (1 << small.mantissa))
+    if tiny.size:  # whole numbers of a unit; neither they nor the products are subnormal, so no mode touches them
+        value = np.dtype(f"<f{wide.nbytes}").type
+        out[tiny] = (magnitude[tiny].astype(value) * value(2.0 ** (1 - small.bias - small.mantissa))).view(wide.word)
+    sign = words.astype(wide.word)
+    sign &= word(small.sign)
+    sign <<= word(8 * (wide.nbytes - small.nbytes))
+    out |= sign
+    if magnitude.size and int(magnitude.max()) >= small.infinity:
+        special = magnitude >= small.infinity
         out[special] = _widen_special(words[special], small, wide)

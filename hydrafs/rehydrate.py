@@ -43,8 +43,8 @@ class OpenParent:
 class Rehydrated:
     """A ``ByteSource`` over a diff and its open parents.
 
-    Owns the diff and the parents' sources and closes them with its last share (``retain``). Thread safety: any number of
-    readers, each of whom holds a share.
+    Owns the diff and the parents' sources and closes them with its last share (``retain``). Thread safety: any number
+    of readers, each of whom holds a share.
     """
 
     def __init__(self, diff: DiffFile, parents: Sequence[OpenParent], cache: ChunkCache) -> None:
@@ -66,6 +66,7 @@ class Rehydrated:
 
     @property
     def size(self) -> int:
+        """How many bytes there are."""
         return self.manifest.size
 
     @property
@@ -84,6 +85,7 @@ class Rehydrated:
         return self._cache.budget_nbytes
 
     def pread(self, offset: int, nbytes: int) -> bytes:
+        """``nbytes`` bytes from ``offset``; fewer only at the end."""
         nbytes = max(0, min(nbytes, self.size - offset))
         out = bytearray(nbytes)
         self.pread_into(offset, memoryview(out))
@@ -231,6 +233,7 @@ class Rehydrated:
             self._shares += 1
 
     def close(self) -> None:
+        """Give a share back; the last one closes the diff and the parents."""
         with self._lock:
             self._shares -= 1
             if self._shares:

@@ -2,7 +2,8 @@
 
 Goal: a store as it was before anything was dehydrated: each ``NAME.hydra`` is ``NAME``, all else passes through.
 Rule 1: ``stat``, listings and attributes decode nothing.
-Rule 2: an open is served or refused; what is wrong with a diff or its parents is found there and logged with the remedy.
+Rule 2: an open is served or refused; what is wrong with a diff or its parents is found there, and logged with the
+        remedy.
 Rule 3: two contents under one name never share the kernel's pages: a name that is open keeps its content until it is
         closed, and pages are kept from one open to the next only for the same content.
 Rule 4: a folder's mtime changes when the names listed in it change, and at no other time.

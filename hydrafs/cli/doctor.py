@@ -102,7 +102,8 @@ def _libraries() -> list[Finding]:
             with contextlib.suppress(OSError):
                 library = ctypes.CDLL(name)
                 version = library.fuse_version()
-                loaded = f"{name}, {version // 10 if version < 100 else version // 100}.{version % (10 if version < 100 else 100)}"
+                base = 10 if version < 100 else 100
+                loaded = f"{name}, {version // base}.{version % base}"
                 break
         if loaded:
             found.append(Finding(label, "ok", loaded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import click
 
@@ -42,7 +43,7 @@ def command(store: str, as_json: bool) -> None:
     print_table(["model", "size", "stored", "saved", "ratio", "parents"], [*rows, total], right=(1, 2, 3, 4))
 
 
-def _facts(model: ModelEntry) -> dict[str, object] | dict[str, object]:
+def _facts(model: ModelEntry) -> dict[str, Any]:
     try:
         if not model.is_diff:
             size = model.path.stat().st_size

@@ -17,7 +17,10 @@ from hydrafs.store import trailer_of
 @jobs_option
 @json_option
 def command(diff: str, jobs: int | None, as_json: bool) -> None:
-    """Store each chunk of DIFF as it is, for the fastest reads. What a parent holds byte for byte is still not stored."""
+    """Store each chunk of DIFF as it is, for the fastest reads.
+
+    What a parent holds byte for byte is still not stored.
+    """
     store, entry = find_model(diff)
     with contextlib.closing(store):
         size = trailer_of(entry.path).size if entry.is_diff else 0
