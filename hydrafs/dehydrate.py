@@ -37,7 +37,8 @@ MUST_SHRINK_BY = 0.05
 _SPACE_MARGIN_NBYTES = 16 << 20
 
 Stage = Literal["hash", "encode", "prove"]
-Progress = Callable[[Stage, int], None]
+Progress = Callable[[Stage, int, int], None]
+"""``progress(stage, nbytes, total)``: so many more bytes of the stage's total are done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,7 @@ def dehydrate(
     """Store the plain file ``model`` as a diff in ``folder`` (default: its own), prove it, and remove the original.
 
     Args:
-        progress: is told, by stage, how many more bytes were done; each stage has the model's size, hashing of a
-            parent has the parent's.
+        progress: is told, by stage, how many more bytes of how many are done.
 
     Returns:
         What was done; ``diff`` is ``None`` where the model would not shrink by 5 % and was left alone, with the reason.
@@ -88,7 +88,7 @@ def dehydrate(
         HydraError: by class what the user can do; the original stands as it stood.
     """
     options = options or Options()
-    report = progress or (lambda stage, nbytes: None)
+    report = progress or (lambda stage, nbytes, total: None)
     folder = (folder or model.parent).resolve()
     target = folder / (model.name + SUFFIX)
     _refuse(model)
@@ -142,7 +142,7 @@ def dehydrate(
                     manifest,
                     jobs=options.jobs,
                     raw=raw,
-                    progress=lambda nbytes: report("encode", nbytes),
+                    progress=lambda nbytes: report("encode", nbytes, source.size),
                 )
                 _unchanged(model, source, before)
                 temporary.flush_to_disk()
@@ -150,7 +150,7 @@ def dehydrate(
                 if not raw and stored > (1 - MUST_SHRINK_BY) * source.size:
                     return _left_alone(model, source.size, stored, choice.reasons)
                 _copy_ownership(source, temporary)
-                prove(store, temporary.path, lambda nbytes: report("prove", nbytes), manifest.sha256)
+                prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
                 _unchanged(model, source, before)
                 replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
                 temporary.commit(target, replace=replace)
@@ -234,7 +234,7 @@ def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
         identity = FileIdentity.of(source.stat)
         digest = store.catalog.sha256(path, identity)
         if digest is None:
-            digest = sha256(source, lambda nbytes: report("hash", nbytes))
+            digest = sha256(source, lambda nbytes: report("hash", nbytes, source.size))
             if FileIdentity.of(os.stat(path)) != identity:
                 raise Changing("a base changed while it was read", where=path)
             store.catalog.remember_sha256(path, identity, digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -91,15 +92,14 @@ def _one(
     store = Store(root, create=True)
     with contextlib.closing(store), contextlib.ExitStack() as stack:
         store.remove_leftovers(target)
-        bars: dict[Stage, object] = {}
+        bars: dict[Stage, Callable[[int], None]] = {}
         titles = {"hash": "hashing the base", "encode": f"dehydrating {path.name}", "prove": f"proving {path.name}"}
 
-        def report(stage: Stage, nbytes: int) -> None:
-            bar = bars.get(stage)
-            if bar is None:
-                size = path.stat().st_size if path.exists() else 0
-                bar = bars[stage] = stack.enter_context(progress_bar(titles[stage], size))
-            bar(nbytes)  # type: ignore[operator]
+        def report(stage: Stage, nbytes: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # one bar at a time: the stages follow each other
+                bars[stage] = stack.enter_context(progress_bar(titles[stage], total))
+            bars[stage](nbytes)
 
         return dehydrate(store, path, options, folder=target, progress=report)
 

@@ -69,6 +69,10 @@ class _Scratch:
 # against 27.6 % at level 3, 14.3 % against 16.1 % in bf16). The second finds what repeats (rows of fp32 embeddings).
 _entropy = Pool(lambda: _magicless(1, strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, target_length=0))
 _matches = Pool(lambda: _magicless(LEVEL))
+# For planes that are nearly constant a deep search pays, in a small table: 4.2 % of a bf16 model instead of 4.6 %.
+_sparse = Pool(
+    lambda: _magicless(6, strategy=zstandard.STRATEGY_BTLAZY2, hash_log=10, chain_log=10, search_log=1, min_match=6)
+)
 _scratch = Pool(_Scratch)
 
 
@@ -176,12 +180,12 @@ def _pack(plane: Words) -> tuple[int, int, bytes]:
     first = plane[0]
     if plane[-1] == first and (plane == first).all():
         return _CONSTANT, int(first), b""
-    pools = [_entropy, _matches]
-    if plane.size > 2 * _SAMPLE:  # a sample tells which is smaller as well as trying both does, in half the time
-        middle = (plane.size - _SAMPLE) // 2
-        sample = plane[middle : middle + _SAMPLE]
-        pools = [min(pools, key=lambda pool: len(_compress(pool, sample)))]
-    body = min((_compress(pool, plane) for pool in pools), key=len)
+    # A sample from the middle tells which is smaller as well as trying each does, in half the time.
+    middle = max(0, (plane.size - _SAMPLE) // 2)
+    sample = plane[middle : middle + _SAMPLE]
+    tried = {pool: len(_compress(pool, sample)) for pool in (_entropy, _matches)}
+    pool = min(tried, key=tried.__getitem__)
+    body = _compress(_sparse if tried[pool] < sample.size // 8 else pool, plane)
     if len(body) >= plane.size - (plane.size >> 7):  # less than a hundredth saved is not worth the time to read it
         return _STORED, plane.size, plane.tobytes()
     return _ZSTD, len(body), body
