@@ -192,6 +192,12 @@ def test_nans_follow_the_integer_rule():
         0x7E00, 0xFE00, 0x7E00, 0x7C01, 0xFFFF,
     ]  # fmt: skip
     assert cast([0x7F800001, 0xFF80FFFF, 0x7F810000], "F32", "BF16").tolist() == [0x7FC0, 0xFFC0, 0x7F81]
+    for word in (0x7F800001, 0xFF800001):  # the smallest payload, with no larger one beside it
+        assert cast([word], "F32", "F16").tolist() == [0x7E00 | word >> 16 & 0x8000]
+        assert cast([word], "F32", "BF16").tolist() == [0x7FC0 | word >> 16 & 0x8000]
+        assert cast([(word & 1 << 31) << 32 | 0x7FF0000000000001], "F64", "F32").tolist() == [
+            0x7FC00000 | word & 1 << 31
+        ]
     assert cast([0x7C01, 0xFE00, 0xFFFF], "F16", "F32").tolist() == [0x7F802000, 0xFFC00000, 0xFFFFE000]
 
 

@@ -1,0 +1,65 @@
+# Two commands do it all: `make mount` and `make test`. Each sets up what it needs first (scripts/setup.sh).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+BIN := .venv/bin
+STORE ?=
+MOUNTPOINT ?=
+ARGS ?=
+export STORE MOUNTPOINT
+
+.PHONY: help mount umount test test-all lint bench bench-size bench-read bench-list setup-example setup-test setup-bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+mount: ## mount STORE at MOUNTPOINT; without STORE, an example store of real models at ./models
+	@if [ -z "$$STORE" ]; then
+	  scripts/setup.sh example
+	  exec $(BIN)/python -m scripts.example
+	fi
+	scripts/setup.sh mount
+	at=$${MOUNTPOINT:-$$STORE}
+	if mountpoint -q -- "$$at"; then
+	  echo "already mounted at $$at; make umount MOUNTPOINT=$$at takes it down"
+	else
+	  mkdir -p -- "$$at" 2> /dev/null || true
+	  $(BIN)/hydrafs mount "$$STORE" $${MOUNTPOINT:+"$$MOUNTPOINT"}
+	  echo "mounted at $$at"
+	fi
+	ls -l -- "$$at"
+
+umount: ## unmount MOUNTPOINT (default: STORE, else the example at ./models)
+	@$(BIN)/hydrafs umount "$${MOUNTPOINT:-$${STORE:-models}}"
+
+test: setup-test lint ## lint and all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup-test lint ## lint and all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup-test ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: bench-size bench-read bench-list ## all three tables of benchmarks/README.md
+
+bench-size: setup-bench ## stored bytes and speed of each codec, against its peers
+	$(BIN)/python -m benchmarks.size $(ARGS)
+
+bench-read: setup-bench ## reading through the mount, against the plain file
+	$(BIN)/python -m benchmarks.read $(ARGS)
+
+bench-list: setup-bench ## mounting and listing 10,000 diffs
+	$(BIN)/python -m benchmarks.listing $(ARGS)
+
+setup-example setup-test setup-bench: setup-%:
+	@scripts/setup.sh $*
+
+clean: ## remove environments, caches, and the benchmarks' models; the example store stays
+	@rm -rf .venv .venv-old .bench build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . \( -path ./models -o -path ./example-store -o -path ./.git \) -prune -o -name __pycache__ -prune -exec rm -rf {} +

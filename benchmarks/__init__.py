@@ -1,0 +1,1 @@
+"""What `make bench` measures: sizes, reading and listing. README.md beside this file says how to read the tables."""

@@ -1,0 +1,102 @@
+"""The machine under a benchmark: caches dropped and filled, the disk's counter, a mount and its daemon."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.common import ROOT, hydrafs_command
+
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+BLOCK_NBYTES = 512  # the unit of /proc/diskstats, whatever the disk's own
+MOUNT_SECONDS = 60.0
+
+
+def drop_caches(paths: Iterable[Path]) -> None:
+    """Leaves nothing of ``paths`` in the page cache: all caches dropped as root, these files' pages otherwise."""
+    os.sync()
+    try:
+        DROP_CACHES.write_text("3\n")
+    except OSError:
+        for path in paths:
+            handle = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def read_into_cache(path: Path) -> None:
+    """Reads all of ``path``, so that its pages are in memory."""
+    with path.open("rb", buffering=0) as file:
+        buffer = bytearray(8 << 20)
+        while file.readinto(buffer):
+            pass
+
+
+def disk_nbytes_read(path: Path) -> int:
+    """Bytes read so far from the disk that ``path`` lies on, or from all disks where that cannot be told."""
+    device = path.stat().st_dev
+    try:
+        fields = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+        return int(fields[2]) * BLOCK_NBYTES
+    except OSError:
+        total = 0
+        for line in Path("/proc/diskstats").read_text().splitlines():
+            name, sectors = line.split()[2], line.split()[5]
+            if Path(f"/sys/block/{name}/device").exists():  # whole disks; no partitions, loops or maps over them
+                total += int(sectors) * BLOCK_NBYTES
+        return total
+
+
+class Mount:
+    """A store mounted read-only by a daemon of this benchmark's own, so that its process is known."""
+
+    def __init__(self, store: Path, mountpoint: Path, *, cache_mib: int) -> None:
+        self.mountpoint = mountpoint
+        mountpoint.mkdir(parents=True, exist_ok=True)
+        command = [*hydrafs_command(), "mount", store, mountpoint, "--read-only", "--foreground"]
+        start = time.perf_counter()
+        self._daemon = subprocess.Popen(
+            [*command, "--cache-size", f"{cache_mib}M"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=ROOT,
+        )
+        while not mountpoint.is_mount():
+            if self._daemon.poll() is not None or time.perf_counter() - start > MOUNT_SECONDS:
+                self._daemon.kill()
+                raise SystemExit(f"hydrafs mount failed: {self._daemon.communicate()[1].decode()}")
+            time.sleep(0.002)
+        self.seconds = time.perf_counter() - start
+        """From the start of the program until the mount answers."""
+
+    def _status(self, field: str) -> int:
+        for line in Path(f"/proc/{self._daemon.pid}/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) << 10
+        return 0
+
+    def peak_rss_nbytes(self) -> int:
+        """The most memory that the daemon has held so far, pages of mapped files included."""
+        return self._status("VmHWM")
+
+    def close(self) -> None:
+        """Takes the mount down and waits for the daemon's end."""
+        self._daemon.send_signal(signal.SIGTERM)
+        try:
+            self._daemon.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            subprocess.run(["fusermount3", "-u", "-z", self.mountpoint], check=False)
+            self._daemon.kill()
+            self._daemon.communicate()
+            raise SystemExit("the daemon did not end within 30 s of SIGTERM") from None
+
+    def __enter__(self) -> Mount:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
