@@ -1,14 +1,13 @@
 """Finding what a model can be stored against: the best base, and others for the parts that it does not cover.
 
-Plan: the catalog's fingerprints rank the store's plain models; real samples of the best few decide; a diff may be a
-parent where it is clearly better; what the winner leaves unpredicted is looked for in the rest.
+Plan: the catalog's fingerprints rank the store's plain models; some chunks are coded against the best few, and
+the sizes decide; a diff may be a parent where it is clearly better; what the winner leaves unpredicted is looked for in the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +28,11 @@ from hydrafs.store import ModelEntry, Store
 
 FINALISTS = 4
 DIFF_CANDIDATES = 32
+DIFF_FINALISTS = 2
 MAX_PARENTS = 4
 WORTH_A_PARENT_NBYTES = 64 << 10
 """A further parent is something more that must not be lost: it has to predict at least this much."""
+_RESEMBLES = 0.9
 _DIFF_MUST_BE = 0.75
 _SAMPLED_TENSORS = 12
 _SAMPLE_NBYTES = 4096
@@ -90,14 +91,55 @@ def facts_of_diff(store: Store, path: Path) -> tuple[ModelFacts, Manifest]:
         return ModelFacts(manifest.container, tuple(tensors)), manifest
 
 
-def choose(store: Store, opener: Opener, target: ByteSource, facts: ModelFacts, *, exclude: Sequence[Path]) -> Choice:
+def choose(
+    store: Store,
+    opener: Opener,
+    target: ByteSource,
+    facts: ModelFacts,
+    *,
+    exclude: Sequence[Path],
+    evaluate: Callable[[Candidate], float],
+) -> Choice:
     """The best parents for ``target`` among the models of the store and its base folders.
 
-    ``exclude``: the model itself, and plain files that will not stay.
+    Args:
+        exclude: the model itself, and plain files that will not stay.
+        evaluate: what share of the model would be stored against a candidate; asked of the few that look best.
+
     Nothing found is a choice too: no parents, and a line that says so.
     """
+    plain, diffs = _candidates(store, exclude)
+    ranked = sorted(plain, key=lambda c: coverage(facts, match(facts, [c.facts])))
+    resembling = [c for c in ranked[:FINALISTS] if coverage(facts, match(facts, [c.facts])) < _RESEMBLES]
+    scored = sorted(((evaluate(c), c) for c in resembling), key=lambda item: item[0])
+    considered = len(plain) + len(diffs[:DIFF_CANDIDATES])
+    sampled = []
+    for entry in diffs[:DIFF_CANDIDATES]:
+        with contextlib.suppress(HydraError):
+            theirs, _ = facts_of_diff(store, entry.path)
+            if coverage(facts, match(facts, [theirs])) < _RESEMBLES:
+                candidate = Candidate(entry, theirs)
+                sampled.append((sampled_cost(target, facts, candidate, opener), candidate))
+    for _, candidate in sorted(sampled, key=lambda item: item[0])[:DIFF_FINALISTS]:
+        share = evaluate(candidate)
+        # One more step in the chain costs time at every read, and one more file that must not be lost.
+        if share < _DIFF_MUST_BE * (scored[0][0] if scored else 1.0):
+            scored.insert(0, (share, candidate))
+    if not scored:
+        return Choice((), (f"no base: none of {considered} models resembles it",))
+    best = scored[0][1]
+    reason = f"base {best.entry.name}: about {scored[0][0]:.1%} of the model is new"
+    if len(scored) > 1:
+        reason += f" (next best {scored[1][1].entry.name}, {scored[1][0]:.1%}; {considered} considered)"
+    parents, reasons = [best], [reason]
+    _add_further(facts, parents, [c for c in plain if c is not best], reasons)
+    return Choice(tuple(parents), tuple(reasons))
+
+
+def _candidates(store: Store, exclude: Sequence[Path]) -> tuple[list[Candidate], list[ModelEntry]]:
+    """The plain models with their facts, and the diffs, the newest first; each file once, whatever its names."""
     plain: list[Candidate] = []
-    diffs: list[ModelEntry] = []
+    diffs: list[tuple[int, ModelEntry]] = []
     seen: set[tuple[int, int]] = set()
     for path in exclude:
         with contextlib.suppress(OSError):
@@ -111,33 +153,10 @@ def choose(store: Store, opener: Opener, target: ByteSource, facts: ModelFacts, 
                     continue
                 seen.add((stat.st_dev, stat.st_ino))
                 if entry.is_diff:
-                    diffs.append(entry)
+                    diffs.append((stat.st_mtime_ns, entry))
                 else:
                     plain.append(Candidate(entry, facts_of_file(store, entry.path)))
-    ranked = sorted(plain, key=lambda c: coverage(facts, match(facts, [c.facts])))[:FINALISTS]
-    scored = [(sampled_cost(target, facts, c, opener), c) for c in ranked]
-    scored = sorted(((s, c) for s, c in scored if s < 0.97), key=lambda item: item[0])
-    considered = len(plain)
-    bar = scored[0][0] * _DIFF_MUST_BE if scored else 0.97 * _DIFF_MUST_BE
-    for entry in sorted(diffs, key=lambda e: _mtime_ns(e.path), reverse=True)[:DIFF_CANDIDATES]:
-        considered += 1
-        with contextlib.suppress(HydraError):
-            theirs, _ = facts_of_diff(store, entry.path)
-            if coverage(facts, match(facts, [theirs])) < 0.9:
-                candidate = Candidate(entry, theirs)
-                cost = sampled_cost(target, facts, candidate, opener)
-                if cost < bar:
-                    bar = cost
-                    scored.insert(0, (cost, candidate))
-    if not scored:
-        return Choice((), (f"no base: none of {considered} models resembles it",))
-    best = scored[0][1]
-    reasons = [f"base {best.entry.name}: about {scored[0][0]:.0%} of each sampled tensor is new"]
-    if len(scored) > 1:
-        reasons[0] += f" (next best {scored[1][1].entry.name}, {scored[1][0]:.0%}; {considered} considered)"
-    parents = [best]
-    _add_further(facts, parents, [c for c in plain if c is not best], reasons)
-    return Choice(tuple(parents), tuple(reasons))
+    return plain, [entry for _, entry in sorted(diffs, key=lambda item: -item[0])]
 
 
 def _add_further(facts: ModelFacts, parents: list[Candidate], others: list[Candidate], reasons: list[str]) -> None:
@@ -158,13 +177,6 @@ def _add_further(facts: ModelFacts, parents: list[Candidate], others: list[Candi
             return
         reasons.append(f"also {others[most].entry.name}: closer for {gains[most] / 1e6:.1f} MB")
         parents.append(others.pop(most))
-
-
-def _mtime_ns(path: Path) -> int:
-    try:
-        return os.stat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def coverage(facts: ModelFacts, matches: Sequence[Match | None]) -> float:

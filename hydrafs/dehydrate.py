@@ -20,14 +20,14 @@ from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.encode import encode_model, estimate
-from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, UsageError, from_oserror
+from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, probe, sha256
-from hydrafs.layout import FileSource
+from hydrafs.layout import FileSource, Layout
 from hydrafs.manifest import Manifest, Parent
 from hydrafs.matching import Match, match
 from hydrafs.opening import MAX_DEPTH, Opener
-from hydrafs.plan import DEFAULT_CHUNK_NBYTES, make_plan
+from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.restore import prove
 from hydrafs.store import ModelEntry, Store, TemporaryFile, fsync_folder, trailer_of
@@ -104,30 +104,23 @@ def dehydrate(
         if options.bases:
             choice = _named(store, options.bases)
         else:
-            choice = bases.choose(store, opener, source, facts, exclude=(model, *options.not_bases))
+            choice = bases.choose(
+                store,
+                opener,
+                source,
+                facts,
+                exclude=(model, *options.not_bases),
+                evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
+            )
         matches = match(facts, [c.facts for c in choice.parents])
         entries, matches = _only_used([c.entry for c in choice.parents], matches)
         parents = [_parent(store, entry, report) for entry in entries]
         opened: list[FileSource | Rehydrated] = []
         try:
             opened.extend(opener.open(entry) for entry in entries)
-            _check_depth(opened)
+            _check_chain(source, opened)
             plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec=options.codec)
-            manifest = Manifest(
-                required=(),
-                name=model.name,
-                size=source.size,
-                sha256=bytes(32),
-                mode=source.stat.st_mode,
-                mtime_ns=source.stat.st_mtime_ns,
-                container=layout.container,
-                chunk_nbytes=plan.chunk_nbytes,
-                parents=tuple(parents),
-                sections=plan.sections,
-                spans=plan.spans,
-                metadata=layout.metadata,
-                writer=f"hydrafs {__version__}",
-            )
+            manifest = _manifest(source, layout, plan, parents)
             raw = options.codec == "raw"
             share = 1.0 if raw else estimate(source, plan, opened, manifest)
             if not raw and share > 0.98:
@@ -244,14 +237,61 @@ def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
         return Parent(digest, source.size, name, probe(source))
 
 
-def _check_depth(opened: Sequence[FileSource | Rehydrated]) -> None:
-    depth = 1 + max((p.depth for p in opened if isinstance(p, Rehydrated)), default=0)
-    if depth > MAX_DEPTH:
-        raise UsageError(
-            "the chain of parents would be too long",
-            detail=f"{depth}, at most {MAX_DEPTH}",
-            remedy="name a full model with --base",
-        )
+def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:
+    """The manifest as it is known before the model has been read: all but its SHA-256."""
+    return Manifest(
+        required=(),
+        name=Path(source.path).name,
+        size=source.size,
+        sha256=bytes(32),
+        mode=source.stat.st_mode,
+        mtime_ns=source.stat.st_mtime_ns,
+        container=layout.container,
+        chunk_nbytes=plan.chunk_nbytes,
+        parents=tuple(parents),
+        sections=plan.sections,
+        spans=plan.spans,
+        metadata=layout.metadata,
+        writer=f"hydrafs {__version__}",
+    )
+
+
+def _evaluate(
+    opener: Opener, source: FileSource, layout: Layout, facts: ModelFacts, candidate: bases.Candidate, options: Options
+) -> float:
+    """What share of the model would be stored against a candidate; all of it where the candidate cannot serve."""
+    matches = match(facts, [candidate.facts])
+    try:
+        with contextlib.closing(opener.open(candidate.entry)) as parent:
+            _check_chain(source, [parent])
+            plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes)
+            record = Parent(bytes(32), parent.size, candidate.entry.name, 0)
+            return estimate(source, plan, [parent], _manifest(source, layout, plan, [record]))
+    except HydraError:
+        return 1.0
+
+
+def _check_chain(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> None:
+    """Refuse a chain of parents that is too long, or that leads back to the model itself."""
+    pending = [(parent, 2) for parent in opened]
+    while pending:
+        parent, depth = pending.pop()
+        if isinstance(parent, Rehydrated) and depth > MAX_DEPTH:
+            raise ParentLoop(
+                "the chain of parents would be too long",
+                where=source.path,
+                detail=f"at most {MAX_DEPTH}",
+                remedy="name a full model with --base",
+            )
+        if isinstance(parent, Rehydrated):
+            pending += [(p.source, depth + 1) for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
+        elif (parent.stat.st_dev, parent.stat.st_ino) == (source.stat.st_dev, source.stat.st_ino):
+            raise ParentLoop(
+                "a model cannot be stored against itself",
+                where=source.path,
+                detail="it is needed to read the base",
+                remedy="name another base",
+            )
 
 
 def _check_space(folder: Path, nbytes: float, model: Path) -> None:

@@ -70,11 +70,6 @@ class Rehydrated:
         return self.manifest.size
 
     @property
-    def depth(self) -> int:
-        """How many diffs deep the chain of parents is; 1 where all parents are plain files."""
-        return 1 + max((p.source.depth for p in self._parents if isinstance(p.source, Rehydrated)), default=0)
-
-    @property
     def parents(self) -> tuple[OpenParent, ...]:
         """The open parents, in the manifest's order."""
         return self._parents
