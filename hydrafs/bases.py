@@ -1,7 +1,8 @@
 """Finding what a model can be stored against: the best base, and others for the parts that it does not cover.
 
 Plan: the catalog's fingerprints rank the store's plain models; some chunks are coded against the best few, and
-the sizes decide; a diff may be a parent where it is clearly better; what the winner leaves unpredicted is looked for in the rest.
+the sizes decide; a diff may be a parent where it is clearly better; what the winner leaves unpredicted is looked for in
+the rest.
 """
 
 from __future__ import annotations
