@@ -20,7 +20,7 @@ import xxhash
 import zstandard
 
 from hydrafs.errors import CorruptDiff, UnsupportedDiff, from_oserror
-from hydrafs.manifest import Manifest, SpanTable, decode_manifest, encode_manifest, tabulate
+from hydrafs.manifest import MAX_CHUNKS, Manifest, SpanTable, decode_manifest, encode_manifest, tabulate
 
 SUFFIX = ".hydra"
 MAGIC = b"\x89HYDRA\r\n"
@@ -44,7 +44,7 @@ FLAG_NARROWED = 1
 FLAG_UNPREDICTED = 2
 """The chunk was coded without its prediction, because that was smaller."""
 
-MAX_MANIFEST_NBYTES = 512 << 20
+MAX_MANIFEST_NBYTES = 64 << 20
 _TAIL_NBYTES = 128 << 10
 
 
@@ -105,8 +105,9 @@ def _unpack_trailer(data: bytes, diff_size: int, where: str) -> Trailer:
     )
     if not ordered or trailer.index_nbytes % INDEX_ROW.itemsize:
         raise CorruptDiff("the trailer of a diff points outside it", where=where, detail=f"{diff_size} bytes")
-    if trailer.manifest_full_nbytes > MAX_MANIFEST_NBYTES:
-        raise CorruptDiff("the manifest of a diff is too large", where=where, detail=f"{trailer.manifest_full_nbytes}")
+    largest = max(trailer.manifest_nbytes, trailer.manifest_full_nbytes)
+    if largest > MAX_MANIFEST_NBYTES or trailer.index_nbytes > MAX_CHUNKS * INDEX_ROW.itemsize:
+        raise CorruptDiff("the manifest of a diff is too large", where=where, detail=f"{largest} bytes")
     return trailer
 
 

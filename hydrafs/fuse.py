@@ -101,7 +101,7 @@ class Tree(Protocol):
 _ANSWERS = frozenset(
     {
         errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENODATA, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL,
-        errno.ENOTSUP, errno.ERANGE, errno.ELOOP, errno.ENAMETOOLONG,
+        errno.ENOTSUP, errno.ERANGE, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.ESTALE,
     }
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ its own; small tensors of a kind share one, and so do all literals: that is how 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from hydrafs.dtypes import DTYPES
 from hydrafs.errors import CorruptDiff, HydraError, UnsupportedDiff
+from hydrafs.predictors import NARROWINGS, castable
 
 PREDICTION_NONE = 0
 PREDICTION_SAME = 1
@@ -27,7 +29,10 @@ SELF = -1
 KNOWN_FEATURES: frozenset[str] = frozenset()
 """The features of later writers that this reader understands; version 1 itself needs none."""
 
-MAX_SPANS = 4_000_000
+MAX_SPANS = 1_000_000
+MAX_PARENTS = 64
+MAX_CHUNKS = 1 << 22
+_MAX_STRINGS = 10_000
 MIN_CHUNK_NBYTES = 4096
 MAX_CHUNK_NBYTES = 64 << 20
 
@@ -92,10 +97,27 @@ class Manifest(msgspec.Struct, array_like=True, frozen=True):
     writer: str = ""
 
 
+class _Outline(msgspec.Struct, array_like=True):
+    """The fields up to the last list, the lists not decoded: a list of millions fits in a few kilobytes of zstd."""
+
+    required: msgspec.Raw
+    name: str
+    size: int
+    sha256: bytes
+    mode: int
+    mtime_ns: int
+    container: str
+    chunk_nbytes: int
+    parents: msgspec.Raw
+    sections: msgspec.Raw
+    spans: msgspec.Raw
+    metadata: msgspec.Raw = msgspec.Raw(b"\x90")
+
+
 class _Required(msgspec.Struct, array_like=True):
     """The first field alone, so that a reader can refuse by name what it cannot decode."""
 
-    required: tuple[str, ...]
+    required: msgspec.Raw
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
@@ -111,12 +133,31 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         CorruptDiff: it is no manifest.
     """
     try:
-        unknown = sorted(set(msgspec.msgpack.decode(data, type=_Required, strict=True).required) - KNOWN_FEATURES)
+        required = msgspec.msgpack.decode(data, type=_Required).required
+        _bound(required, _MAX_STRINGS, "required features", where)
+        unknown = sorted(set(msgspec.msgpack.decode(required, type=tuple[str, ...])) - KNOWN_FEATURES)
         if unknown:
             raise UnsupportedDiff("a diff needs features unknown here", where=where, detail=", ".join(unknown))
-        return msgspec.msgpack.decode(data, type=Manifest, strict=True)
+        outline = msgspec.msgpack.decode(data, type=_Outline)
+        _bound(outline.parents, MAX_PARENTS, "parents", where)
+        _bound(outline.sections, MAX_SPANS, "sections", where)
+        _bound(outline.spans, MAX_SPANS, "spans", where)
+        _bound(outline.metadata, _MAX_STRINGS, "strings", where)
+        return msgspec.msgpack.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptDiff("the manifest of a diff cannot be read", where=where, detail=str(error)) from None
+
+
+def _bound(packed: msgspec.Raw, limit: int, what: str, where: str) -> None:
+    """Refuse a msgpack array of more than ``limit`` entries before any of them is decoded."""
+    head = bytes(memoryview(packed)[:5])
+    count = limit + 1
+    if head and head[0] & 0xF0 == 0x90:
+        count = head[0] & 0x0F
+    elif head and head[0] in (0xDC, 0xDD):
+        count = int.from_bytes(head[1 : 3 if head[0] == 0xDC else 5], "big")
+    if count > limit:
+        raise CorruptDiff("the manifest of a diff is too large", where=where, detail=f"more than {limit} {what}")
 
 
 Table = npt.NDArray[np.int64]
@@ -156,13 +197,15 @@ def tabulate(manifest: Manifest, where: str) -> SpanTable:
             raise CorruptDiff("the manifest of a diff contradicts itself", where=where, detail=what)
 
     check(len(manifest.spans) <= MAX_SPANS, "too many spans")
+    check(len({p.sha256 for p in manifest.parents}) == len(manifest.parents), "a parent twice")
     check(MIN_CHUNK_NBYTES <= manifest.chunk_nbytes <= MAX_CHUNK_NBYTES, f"chunk size {manifest.chunk_nbytes}")
     check(manifest.chunk_nbytes % 16 == 0, f"chunk size {manifest.chunk_nbytes} splits elements")
     check(len(manifest.sha256) == 32, "SHA-256 of another length")
     check(0 <= manifest.size < 1 << 62, f"size {manifest.size}")
     for section in manifest.sections:
         check(not section.dtype or section.dtype in DTYPES, f"dtype {section.dtype!r}")
-        check(not section.narrow or (section.narrow in DTYPES and bool(section.dtype)), f"narrow {section.narrow!r}")
+        narrows = NARROWINGS.get(section.narrow) == section.dtype and bool(section.dtype)
+        check(not section.narrow or narrows, f"{section.dtype!r} narrowed to {section.narrow!r}")
     for parent in manifest.parents:
         check(len(parent.sha256) == 32 and 0 <= parent.size < 1 << 62, "a parent's identity")
     sections = len(manifest.sections)
@@ -187,42 +230,48 @@ def tabulate(manifest: Manifest, where: str) -> SpanTable:
         section_nbytes[number] = ends[-1] if len(ends) else 0
         section_spans.append(members)
     counts = -(-section_nbytes // manifest.chunk_nbytes)
+    check(int(counts.sum()) <= MAX_CHUNKS, f"{int(counts.sum())} chunks")
     first_chunk = np.zeros(sections, dtype=np.int64)
     np.cumsum(counts[:-1], out=first_chunk[1:])
     table = SpanTable(offsets, in_section, first_chunk, section_nbytes, tuple(section_spans), int(counts.sum()))
-    _check_predictions(manifest, table, check)
+    _check_predictions(manifest, table, where, check)
     return table
 
 
-def _check_predictions(manifest: Manifest, table: SpanTable, check: object) -> None:
-    assert callable(check)
-    predicts_itself = np.array(
-        [s.prediction != PREDICTION_NONE and s.parent == SELF for s in manifest.spans], dtype=bool
-    )
-    for number, span in enumerate(manifest.spans):
-        section = manifest.sections[span.section]
+def _check_predictions(manifest: Manifest, table: SpanTable, where: str, check: Callable[[bool, str], None]) -> None:
+    spans, sections = manifest.spans, manifest.sections
+    predicts_itself = np.array([s.prediction != PREDICTION_NONE and s.parent == SELF for s in spans], dtype=bool)
+    # One step only: what predicts must not itself be predicted from this model. Chunks are decoded whole, so nothing
+    # that shares a section with such a span may predict either. Counted up, so that a range is asked in one step.
+    tainted = np.array([bool(predicts_itself[members].any()) for members in table.section_spans], dtype=bool)
+    tainted_before = np.zeros(len(spans) + 1, dtype=np.int64)
+    if len(spans):
+        np.cumsum(tainted[[s.section for s in spans]], out=tainted_before[1:])
+    for number, span in enumerate(spans):
+        section = sections[span.section]
         itemsize = DTYPES[section.dtype].nbytes if section.dtype else 1
         check(span.nbytes % itemsize == 0, f"span {number} is no whole number of elements")
         if span.prediction == PREDICTION_NONE:
             continue
-        check(span.prediction in (PREDICTION_SAME, PREDICTION_TENSOR), f"prediction {span.prediction}")
+        if span.prediction not in (PREDICTION_SAME, PREDICTION_TENSOR):
+            raise UnsupportedDiff(
+                "a diff needs a kind of prediction unknown here", where=where, detail=f"prediction {span.prediction}"
+            )
         check(-1 <= span.parent < len(manifest.parents), f"parent {span.parent}")
         check(not span.origin_dtype or (span.origin_dtype in DTYPES and bool(section.dtype)), "an origin's dtype")
         check(span.prediction != PREDICTION_SAME or not span.origin_dtype, "the same bytes of another dtype")
+        if section.dtype:
+            origin = DTYPES[span.origin_dtype or section.dtype]
+            for coded in filter(None, (section.dtype, section.narrow)):
+                check(castable(origin, DTYPES[coded]), f"{origin.name} predicts {coded}")
         nbytes = origin_nbytes(span, section)
         size = manifest.size if span.parent == SELF else manifest.parents[span.parent].size
         check(0 <= span.origin <= size - nbytes, f"span {number} is predicted from outside its parent")
         if span.parent == SELF:
-            # One step only: the bytes that predict must not themselves be predicted from this model.
             first = int(np.searchsorted(table.offsets, span.origin, side="right")) - 1
             last = int(np.searchsorted(table.offsets, span.origin + nbytes - 1, side="right"))
-            check(not predicts_itself[first:last].any(), f"span {number} is predicted by what it predicts")
-            # Chunks are decoded whole: a chunk that holds both ends would need itself.
-            sections = {manifest.spans[i].section for i in range(first, last)}
-            check(span.section not in sections, f"span {number} shares a section with what predicts it")
-            for other in sections:
-                members = table.section_spans[other]
-                check(not predicts_itself[members].any(), f"span {number} is predicted by what it predicts")
+            if tainted_before[first] != tainted_before[last]:
+                check(False, f"span {number} is predicted by what it predicts")
 
 
 def origin_nbytes(span: SpanRecord, section: Section) -> int:

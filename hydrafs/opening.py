@@ -29,6 +29,8 @@ from hydrafs.store import ModelEntry, Store, trailer_of
 log = logging.getLogger(__name__)
 
 MAX_DEPTH = 8
+MAX_DIFFS = 256
+"""How many diffs one model may need in all: parents of parents multiply."""
 HASHED_AT_OPEN_NBYTES = 128 << 20
 """A parent of unknown SHA-256 and at most this size is hashed when it is opened: about a tenth of a second."""
 _SCAN_SECONDS = 2.0
@@ -63,20 +65,20 @@ class Opener:
 
     def open_diff(self, path: Path) -> Rehydrated:
         """The diff at ``path`` as the model that it stands for; see ``open``."""
-        return self._open_chain(DiffFile(path), ())
+        return self._open_chain(DiffFile(path), (), iter(range(MAX_DIFFS)))
 
-    def _open_chain(self, diff: DiffFile, above: tuple[bytes, ...]) -> Rehydrated:
+    def _open_chain(self, diff: DiffFile, above: tuple[bytes, ...], budget: Iterator[int]) -> Rehydrated:
         parents: list[OpenParent] = []
         try:
             chain = (*above, diff.manifest.sha256)
-            if len(chain) > MAX_DEPTH:
+            if len(chain) > MAX_DEPTH or next(budget, None) is None:
                 raise ParentLoop(
                     "a chain of parents is too long",
                     where=diff.path,
-                    detail=f"more than {MAX_DEPTH}",
+                    detail=f"more than {MAX_DEPTH} deep, or {MAX_DIFFS} diffs",
                     remedy="rehydrate a model in the chain and dehydrate it against a base",
                 )
-            parents.extend(self._open_parent(parent, diff, chain) for parent in diff.manifest.parents)
+            parents.extend(self._open_parent(parent, diff, chain, budget) for parent in diff.manifest.parents)
             return Rehydrated(diff, parents, self.cache)
         except BaseException:
             diff.close()
@@ -84,7 +86,9 @@ class Opener:
                 parent.source.close()
             raise
 
-    def _open_parent(self, parent: Parent, diff: DiffFile, chain: tuple[bytes, ...]) -> OpenParent:
+    def _open_parent(
+        self, parent: Parent, diff: DiffFile, chain: tuple[bytes, ...], budget: Iterator[int]
+    ) -> OpenParent:
         if parent.sha256 in chain:
             raise ParentLoop(
                 "a diff needs itself",
@@ -98,8 +102,9 @@ class Opener:
             try:
                 if path.name.endswith(SUFFIX):
                     if trailer_of(path).sha256 == parent.sha256:
-                        source = self._open_chain(DiffFile(path), chain)
-                        return OpenParent(source, lambda: True, parent.name)
+                        source = self._open_chain(DiffFile(path), chain, budget)
+                        # Its trailer claims the SHA-256, and its checksums guard what it says; neither proves it.
+                        return OpenParent(source, lambda: False, parent.name)
                     continue
                 opened = self._open_plain(path, parent)
             except ParentUnavailable as error:
@@ -206,7 +211,7 @@ class Opener:
         for path in self._places(parent):
             if path not in seen:
                 seen.add(path)
-                if path.is_file():
+                if os.path.isfile(path):  # a name from a diff may be one that no system call takes
                     yield path
 
     def _places(self, parent: Parent) -> Iterator[Path]:
@@ -216,7 +221,7 @@ class Opener:
         hints = [hint, *(folder / Path(parent.name).name for folder in folders)]
         for path in hints:
             yield path
-            yield path.with_name(path.name + SUFFIX)
+            yield Path(f"{path}{SUFFIX}")
         yield from store.catalog.paths_of(parent.sha256)
         by_size, by_sha256 = self._scanned()
         yield from by_sha256.get(parent.sha256, ())

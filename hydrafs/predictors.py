@@ -60,7 +60,7 @@ _FORMATS: dict[str, _Format] = {
     "F16": _Format(5, 10),
     "BF16": _Format(8, 7),
 }
-_NARROWINGS = {"F16": "F32", "BF16": "F32", "F32": "F64"}
+NARROWINGS = {"F16": "F32", "BF16": "F32", "F32": "F64"}
 """What a type is narrowed from."""
 
 
@@ -117,9 +117,9 @@ def narrow(words: Words, to_dtype: DType) -> Words | None:
 
     Thread safety: free of shared state.
     """
-    if to_dtype.name not in _NARROWINGS:
+    if to_dtype.name not in NARROWINGS:
         raise _no_narrowing("no type", to_dtype.name)
-    from_dtype = DTYPES[_NARROWINGS[to_dtype.name]]
+    from_dtype = DTYPES[NARROWINGS[to_dtype.name]]
     _whole(words, from_dtype)
     wide, small = _FORMATS[from_dtype.name], _FORMATS[to_dtype.name]
     source = words.view(wide.word)
@@ -150,7 +150,7 @@ def widen(words: Words, from_dtype: DType, to_dtype: DType) -> Words:
 
     Thread safety: free of shared state.
     """
-    if _NARROWINGS.get(from_dtype.name) != to_dtype.name:
+    if NARROWINGS.get(from_dtype.name) != to_dtype.name:
         raise _no_narrowing(to_dtype.name, from_dtype.name)
     return cast(words, from_dtype, to_dtype)
 

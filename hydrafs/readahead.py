@@ -48,9 +48,11 @@ class DecodePool:
     def _submit(executor: ThreadPoolExecutor, model: Rehydrated, chunks: list[int]) -> None:
         model.retain()
         try:
-            executor.submit(_quietly, model, chunks)
+            task = executor.submit(_quietly, model, chunks)
         except RuntimeError:  # the pool was closed meanwhile
             model.close()
+        else:
+            task.add_done_callback(lambda _: model.close())  # called for a task that is cancelled too
 
     def close(self) -> None:
         """Forget what is queued and wait for what runs."""
@@ -66,8 +68,6 @@ def _quietly(model: Rehydrated, chunks: list[int]) -> None:
     except (HydraError, OSError) as error:
         # Whoever reads the chunk gets the error; ahead of that it is nobody's.
         log.debug("decoding ahead failed: %s", error)
-    finally:
-        model.close()
 
 
 class Reader:

@@ -41,13 +41,15 @@ class OpenParent:
 
 
 class Rehydrated:
-    """A ``ByteSource`` over a diff and its open parents.
+    """A ``ByteSource`` over a diff and its open parents. ``UnsupportedDiff`` where it uses a codec unknown here.
 
     Owns the diff and the parents' sources and closes them with its last share (``retain``). Thread safety: any number
     of readers, each of whom holds a share.
     """
 
     def __init__(self, diff: DiffFile, parents: Sequence[OpenParent], cache: ChunkCache) -> None:
+        for codec in set(diff.chunk_codec) - {registry.NONE}:
+            registry.by_id(codec)  # what cannot be read is refused when it is opened
         self.diff = diff
         self.manifest = manifest = diff.manifest
         self._parents = tuple(parents)

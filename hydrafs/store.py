@@ -286,10 +286,12 @@ class Store:
 
     def entry(self, path: Path) -> ModelEntry | None:
         """The model that stands at the absolute ``path`` (its listed name or its diff), if any."""
+        if not path.name:
+            return None
         listed = path.with_name(listed_name(path.name))
         for candidate in (listed, listed.with_name(listed.name + SUFFIX)):
-            if candidate.is_file():
-                if path != listed and candidate == listed and path.is_file():
+            if os.path.isfile(candidate):
+                if path != listed and candidate == listed and os.path.isfile(path):
                     continue  # the diff was named outright, though a plain file hides it
                 return ModelEntry(self.relative(listed), candidate, candidate != listed)
         return None

@@ -4,8 +4,8 @@ Goal: a store as it was before anything was dehydrated: each ``NAME.hydra`` is `
 Rule 1: ``stat``, listings and attributes decode nothing.
 Rule 2: an open is served or refused; what is wrong with a diff or its parents is found there, and logged with the
         remedy.
-Rule 3: two contents under one name never share the kernel's pages: a name that is open keeps its content until it is
-        closed, and pages are kept from one open to the next only for the same content.
+Rule 3: two contents under one name never share the kernel's pages, nor the size that it believes
+        (``hydrafs.coherence``): a name that is open keeps its content until it is closed.
 Rule 4: a folder's mtime changes when the names listed in it change, and at no other time.
 """
 
@@ -18,7 +18,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from cachetools import LRUCache
 
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
+from hydrafs.coherence import Claim, Names, Version
 from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError
 from hydrafs.identity import FileIdentity
@@ -67,19 +68,19 @@ class OpenFile:
         place: _Place,
         source: FileSource | Rehydrated,
         attributes: Attributes,
-        content: Hashable,
+        identify: Callable[[], Hashable],
     ) -> None:
         self.path = path
-        self.place = place
-        self.content = content
-        self.keep_cache = False
-        self._tree = tree
+        self._names = tree.names
         self._source = source
         self._attributes = attributes
         self._reader = Reader(source, tree.pool) if isinstance(source, Rehydrated) else None
+        self._claim: Claim = tree.names.claim(path, _version(place, attributes.size), identify, self.attributes)
+        self.keep_cache = self._claim.keep_cache
 
     def pread_into(self, offset: int, out: memoryview) -> int:
         """Fill ``out`` from ``offset``; less than asked only at the end of the file."""
+        self._names.used(self._claim)
         if self._reader is None:
             assert isinstance(self._source, FileSource)
             try:
@@ -101,7 +102,7 @@ class OpenFile:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._tree.closed(self)
+        self._names.release(self._claim)
         self._source.close()
 
 
@@ -122,8 +123,7 @@ class StoreTree:
         self._root = os.path.realpath(root)
         self._cache_nbytes = cache_nbytes
         self._lock = threading.Lock()
-        self._open: dict[str, list[OpenFile]] = {}
-        self._last_content: dict[str, Hashable] = {}
+        self.names = Names()
         self._trailers: LRUCache[str, tuple[FileIdentity, Trailer | None]] = LRUCache(_TRAILERS)
         self._directories: dict[str, tuple[int, int]] = {}
 
@@ -159,7 +159,12 @@ class StoreTree:
                 return _Place(real, False, found)
         except FileNotFoundError:
             pass
-        found = os.lstat(real + SUFFIX)
+        try:
+            found = os.lstat(real + SUFFIX)
+        except OSError as error:
+            # A name that has no room for the ending has no diff either.
+            number = errno.ENOENT if error.errno == errno.ENAMETOOLONG else error.errno
+            raise OSError(number, os.strerror(number or errno.EIO), path) from None
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return _Place(real + SUFFIX, True, found)
@@ -190,14 +195,14 @@ class StoreTree:
         place = self._find(path)
         if stat.S_ISDIR(place.stat.st_mode):
             return _plain_attributes(place.stat, self._directory_mtime(place))
-        with self._lock:
-            readers = self._open.get(path)
-            if readers and not _same_file(readers[0].place, place):
-                return readers[0].attributes()
-        if not place.is_diff:
-            return _plain_attributes(place.stat)
-        trailer = self._trailer(place)
-        return _model_attributes(place.stat, trailer) if trailer else _plain_attributes(place.stat)
+        trailer = self._trailer(place) if place.is_diff else None
+        attributes = _model_attributes(place.stat, trailer) if trailer else _plain_attributes(place.stat)
+        version = _version(place, attributes.size)
+        claim = self.names.open_as(path)
+        if claim and not claim.version.same_file(version):
+            attributes, version = claim.attributes(), claim.version
+        self.names.told(path, version)
+        return attributes
 
     def readdir(self, path: str) -> list[Entry]:
         """The names in a folder, as they are listed."""
@@ -301,7 +306,7 @@ class StoreTree:
         """Open a file for reading.
 
         Raises:
-            OSError: EROFS for writing; EBUSY where another content is open under this name.
+            OSError: EROFS for writing; EBUSY and ESTALE as ``Names.claim`` has them.
             HydraError: it cannot be served; the log says why and what to do.
         """
         if flags & _WRITING:
@@ -320,42 +325,28 @@ class StoreTree:
             raise
 
     def _opened(self, path: str, place: _Place, source: FileSource | Rehydrated) -> OpenFile:
-        content: Hashable
+        identify: Callable[[], Hashable]
         if isinstance(source, Rehydrated):
             place = _Place(place.real, True, source.diff.stat)
             attributes = _model_attributes(source.diff.stat, source.diff.trailer)
-            content = source.manifest.sha256
+            digest = source.manifest.sha256
+            identify = lambda: digest  # noqa: E731
         else:
             place = _Place(place.real, False, source.stat)
             attributes = _plain_attributes(source.stat)
             identity = FileIdentity.of(source.stat)
-            content = self.store.catalog.sha256(Path(place.real), identity) or identity
-        file = OpenFile(self, path, place, source, attributes, content)
-        with self._lock:
-            readers = self._open.setdefault(path, [])
-            for reader in readers:
-                if reader.content != content and not _same_file(reader.place, place):
-                    log.error("cannot open %s: another file of this name is still open; close it first", path)
-                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
-            file.keep_cache = self._last_content.get(path) == content
-            self._last_content[path] = content
-            readers.append(file)
-        return file
-
-    def closed(self, file: OpenFile) -> None:
-        """Called by a file that is being closed."""
-        with self._lock:
-            readers = self._open.get(file.path, [])
-            if file in readers:
-                readers.remove(file)
-            if not readers:
-                self._open.pop(file.path, None)
+            real = Path(place.real)
+            identify = lambda: self.store.catalog.sha256(real, identity) or identity  # noqa: E731
+        try:
+            return OpenFile(self, path, place, source, attributes, identify)
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                log.error("cannot open %s: another file of this name is still open; close it first", path)
+            raise
 
 
-def _same_file(one: _Place, other: _Place) -> bool:
-    return (
-        one.is_diff == other.is_diff and one.stat.st_ino == other.stat.st_ino and one.stat.st_dev == other.stat.st_dev
-    )
+def _version(place: _Place, size: int) -> Version:
+    return Version(place.stat.st_dev, place.stat.st_ino, place.is_diff, size)
 
 
 def _type_of(entry: os.DirEntry[str]) -> int:

@@ -133,6 +133,7 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: progress.advance(task, nbytes)
 
 
-def log_to_stderr(level: int = logging.WARNING) -> None:
+def log_to_stderr(level: int = logging.WARNING, *, with_time: bool = False) -> None:
     """Let the rooms' log lines be seen by whoever runs a command or a service in the foreground."""
-    logging.basicConfig(level=level, format="hydrafs: %(levelname)s: %(message)s", stream=sys.stderr)
+    stamp = "%(asctime)s " if with_time else ""
+    logging.basicConfig(level=level, format=stamp + "hydrafs: %(levelname)s: %(message)s", stream=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import time
 
 import click
 
@@ -13,6 +14,26 @@ from hydrafs.errors import UsageError
 from hydrafs.mounting import mount, parse_options
 
 _DEFAULT_CACHE = "4G"
+_SILENCE_SECONDS = 60.0
+_REMEMBERED_LINES = 1000
+
+
+class _Repeats(logging.Filter):
+    """Lets a line through once a minute: a WebUI that lists a broken model asks for it at every listing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is to be written."""
+        line, now = record.getMessage(), time.monotonic()
+        if now - self._last.get(line, -_SILENCE_SECONDS) < _SILENCE_SECONDS:
+            return False
+        if len(self._last) >= _REMEMBERED_LINES:
+            self._last.clear()
+        self._last[line] = now
+        return True
 
 
 @click.command("mount", short_help="Show a store as full files.")
@@ -54,7 +75,9 @@ def command(
         writable = os.access(opened.root, os.W_OK)
     nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
     level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
-    log_to_stderr(level if isinstance(level, int) else logging.WARNING)
+    log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_Repeats())
     log_path = log_file
     if log_path is None and writable and not foreground:
         private.mkdir(exist_ok=True)
