@@ -17,7 +17,7 @@ from hydrafs.layout import ByteSource, Layout, Span
 from hydrafs.manifest import PREDICTION_NONE, PREDICTION_TENSOR, SELF, Section, SpanRecord
 from hydrafs.matching import Match
 
-DEFAULT_CHUNK_NBYTES = 512 << 10
+DEFAULT_CHUNK_NBYTES = 1 << 20
 _NARROWER = {"F32": ("F16", "BF16"), "F64": ("F32",)}
 _SAMPLES = 8
 _SAMPLE_NBYTES = 2048
