@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydrafs import restore
+from hydrafs.allocator import tune_allocator
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, Outcome, Progress, dehydrate
 from hydrafs.errors import UsageError
@@ -128,7 +129,7 @@ def mount(
             temporary.close()
     with mount_in_background(
         "hydrafs.api:make_tree",
-        {"root": os.fspath(root), "cache_nbytes": cache_nbytes},
+        {"root": os.fspath(root), "cache_nbytes": cache_nbytes, "mountpoint": os.path.realpath(mountpoint)},
         mountpoint,
         store_paths=[root, *folders],
         options=parse_options(options),
@@ -137,6 +138,7 @@ def mount(
         yield path
 
 
-def make_tree(root: str, cache_nbytes: int) -> StoreTree:
+def make_tree(root: str, cache_nbytes: int, mountpoint: str) -> StoreTree:
     """The tree that a mount in a child process shows."""
-    return StoreTree(root, cache_nbytes)
+    tune_allocator()
+    return StoreTree(root, cache_nbytes, mountpoint)

@@ -129,7 +129,7 @@ class Catalog:
         row = None
         with self._cursor() as database:
             row = database.execute(f"SELECT tensors FROM files WHERE {self._WHERE}", key).fetchone()
-        if not row or row[0] is None:
+        if not row or not isinstance(row[0], bytes):
             return None
         try:
             return msgspec.msgpack.decode(row[0], type=ModelFacts)
@@ -159,7 +159,7 @@ class Catalog:
         rows: list[tuple[bytes]] = []
         with self._cursor() as database:
             rows = database.execute("SELECT path FROM files WHERE sha256 = ?", (sha256,)).fetchall()
-        return [Path(os.fsdecode(row[0])) for row in rows]
+        return [Path(os.fsdecode(row[0])) for row in rows if isinstance(row[0], bytes)]
 
     def directory(self, path: Path) -> tuple[int, int] | None:
         """The membership digest of a listed folder and the mtime_ns it was shown with."""
@@ -168,7 +168,7 @@ class Catalog:
             row = database.execute(
                 "SELECT members, mtime_ns FROM directories WHERE path = ?", (os.fsencode(path),)
             ).fetchone()
-        return (int(row[0]), int(row[1])) if row else None
+        return (row[0], row[1]) if row and isinstance(row[0], int) and isinstance(row[1], int) else None
 
     def remember_directory(self, path: Path, members: int, mtime_ns: int) -> None:
         """Keep the mtime_ns that a folder is shown with as long as its membership digest (63 bits) is this."""

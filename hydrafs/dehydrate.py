@@ -8,6 +8,7 @@ Rule 3: whatever goes wrong, the store holds the original and no half of a diff.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from hydrafs.encode import encode_model, estimate
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, probe, sha256
-from hydrafs.layout import FileSource, Layout
+from hydrafs.layout import FileSource, Layout, plain_text
 from hydrafs.manifest import Manifest, Parent
 from hydrafs.matching import Match, match
 from hydrafs.opening import MAX_DEPTH, Opener
@@ -119,6 +120,7 @@ def dehydrate(
         try:
             opened.extend(opener.open(entry) for entry in entries)
             _check_chain(source, opened)
+            _hold(opened)
             plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec=options.codec)
             manifest = _manifest(source, layout, plan, parents)
             raw = options.codec == "raw"
@@ -148,17 +150,14 @@ def dehydrate(
                 replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
                 temporary.commit(target, replace=replace)
             _remember(store, model, before, target, manifest.sha256, facts)
-            removed = not options.keep and _remove(model, source, before)
-            return Outcome(
-                model,
-                target,
-                source.size,
-                stored,
-                manifest.sha256,
-                tuple(p.name for p in parents),
-                choice.reasons,
-                removed,
-            )
+            removed = not options.keep and _may_go(source, opened) and _remove(model, source, before)
+            reasons = choice.reasons
+            if not removed and not options.keep:
+                reasons += (
+                    "the original is kept: it, or what its diff needs, is in use or changed; dehydrate it again",
+                )
+            names = tuple(p.name for p in parents)
+            return Outcome(model, target, source.size, stored, manifest.sha256, names, reasons, removed)
         finally:
             for parent in opened:
                 parent.close()
@@ -218,7 +217,7 @@ def _only_used(entries: list[ModelEntry], matches: list[Match | None]) -> tuple[
 
 
 def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
-    name = store.relative(entry.path.with_name(Path(entry.name).name))
+    name = plain_text(store.relative(entry.path.with_name(Path(entry.name).name)))
     if entry.is_diff:
         trailer = trailer_of(entry.path)
         return Parent(trailer.sha256, trailer.size, name, 0)
@@ -241,7 +240,7 @@ def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[
     """The manifest as it is known before the model has been read: all but its SHA-256."""
     return Manifest(
         required=(),
-        name=Path(source.path).name,
+        name=plain_text(Path(source.path).name),
         size=source.size,
         sha256=bytes(32),
         mode=source.stat.st_mode,
@@ -334,6 +333,48 @@ def _remember(store: Store, model: Path, before: FileIdentity, target: Path, dig
     with contextlib.suppress(OSError):
         store.catalog.remember_sha256(model.resolve(), before, digest)
         store.catalog.remember_facts(target, FileIdentity.of(os.stat(target)), facts)
+
+
+def _plain_files(opened: Sequence[FileSource | Rehydrated]) -> list[FileSource]:
+    """Every full file that the open parents, their parents included, are read from."""
+    found: list[FileSource] = []
+    pending = list(opened)
+    while pending:
+        parent = pending.pop()
+        if isinstance(parent, FileSource):
+            found.append(parent)
+        else:
+            pending += [p.source for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
+    return found
+
+
+def _hold(opened: Sequence[FileSource | Rehydrated]) -> None:
+    """Keep other processes from removing the parents' originals while they are parents here (``_may_go``)."""
+    for file in _plain_files(opened):
+        with contextlib.suppress(OSError):  # a filesystem without locks, or a lock that is held: see _may_go
+            fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> bool:
+    """Whether the original may be removed: no other process is storing a model against it at this moment, and the full
+    files that its diff is read from still stand under their names.
+
+    Two processes that store two models against each other would each prove a diff while both originals are there. Each
+    holds its parents with a shared lock from before the proof on, so neither gets the exclusive lock on its original.
+    """
+    try:
+        fcntl.flock(source.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # no locks here: what stands is still looked at
+    for file in _plain_files(opened):
+        try:
+            if not os.path.samestat(os.stat(file.path), file.stat):
+                return False
+        except OSError:
+            return False
+    return True
 
 
 def _remove(model: Path, source: FileSource, before: FileIdentity) -> bool:

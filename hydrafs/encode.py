@@ -217,6 +217,8 @@ def estimate(
 
     predictor = Predictor(plan.spans, plan.sections, table, read_parent)
     total = stored = 0
+    if not table.chunk_count:
+        return 0.0
     for number in sorted({(table.chunk_count - 1) * i // max(1, samples - 1) for i in range(samples)}):
         section, place = table.chunk_section(number)
         begin = place * plan.chunk_nbytes

@@ -26,7 +26,7 @@ class HydraError(Exception):
 
     def __init__(self, what: str, *, where: object = "", detail: str = "", remedy: str = "") -> None:
         self.what = what
-        self.where = _printable(os.fspath(where) if isinstance(where, os.PathLike) else str(where))
+        self.where = printable(os.fspath(where) if isinstance(where, os.PathLike) else str(where))
         self.detail = detail
         self.remedy = remedy or self.default_remedy
         super().__init__(str(self))
@@ -39,10 +39,10 @@ class HydraError(Exception):
             text += f": {self.detail}"
         if self.remedy:
             text += f"; {self.remedy}"
-        return " ".join(text.split())
+        return printable(" ".join(text.split()))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """``text`` on one line, with bytes that no terminal shows written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 

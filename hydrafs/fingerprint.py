@@ -19,13 +19,13 @@ NBYTES = 2 * ELEMENTS
 UNRELATED = 16.0
 """The distance between tensors that cannot be compared."""
 
-_REAL = frozenset({"F64", "F32", "F16", "BF16"})
+REAL = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def fingerprint(source: ByteSource, dtype_name: str, offset: int, nbytes: int) -> bytes:
     """The fingerprint of the tensor at ``[offset, offset + nbytes)``; shorter where it has fewer elements."""
     dtype = DTYPES[dtype_name]
-    if dtype_name not in _REAL:
+    if dtype_name not in REAL:
         count = min(NBYTES, nbytes)
         return source.pread(offset + (nbytes - count) // 2, count)
     total = nbytes // dtype.nbytes
@@ -65,7 +65,7 @@ def distances(one: TensorFacts, others: list[TensorFacts]) -> npt.NDArray[np.flo
     0 is the same to three digits, a fine-tune is below 4, unrelated weights are about 11. Not comparable: 16.
     """
     result = np.full(len(others), UNRELATED)
-    if one.dtype not in _REAL:
+    if one.dtype not in REAL:
         for i, other in enumerate(others):
             if other.dtype == one.dtype and other.fingerprint == one.fingerprint:
                 result[i] = 0.0
@@ -73,7 +73,7 @@ def distances(one: TensorFacts, others: list[TensorFacts]) -> npt.NDArray[np.flo
     usable = [
         i
         for i, o in enumerate(others)
-        if o.dtype in _REAL and o.fingerprint and len(o.fingerprint) == len(one.fingerprint)
+        if o.dtype in REAL and o.fingerprint and len(o.fingerprint) == len(one.fingerprint)
     ]
     if usable and one.fingerprint:
         mine = _ordered(np.frombuffer(one.fingerprint, "<u2"))

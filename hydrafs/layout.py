@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from hydrafs.dtypes import DTYPES
@@ -190,6 +190,11 @@ class Layout:
         return tuple(span for span in self.spans if span.dtype)
 
 
+def plain_text(text: str) -> str:
+    """``text`` with lone surrogates, which no UTF-8 holds, written as escapes: file and tensor names may have them."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def cover(container: str, size: int, numbers: Iterable[Span], metadata: Iterable[tuple[str, str]] = ()) -> Layout:
     """A layout from the spans that are numbers: what lies between them becomes literal.
 
@@ -203,8 +208,15 @@ def cover(container: str, size: int, numbers: Iterable[Span], metadata: Iterable
             continue
         if span.offset > position:
             spans.append(Span(position, span.offset - position))
-        spans.append(span)
+        spans.append(_named_plainly(span))
         position = span.end
     if position < size:
         spans.append(Span(position, size - position))
-    return Layout(container, size, tuple(spans), tuple(metadata))
+    plain = ((plain_text(key), plain_text(value)) for key, value in metadata)
+    return Layout(container, size, tuple(spans), tuple(plain))
+
+
+def _named_plainly(span: Span) -> Span:
+    names = (span.name, *span.aliases)
+    plain = tuple(map(plain_text, names))
+    return span if plain == names else replace(span, name=plain[0], aliases=plain[1:])

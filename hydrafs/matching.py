@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from hydrafs.catalog import ModelFacts, TensorFacts
 from hydrafs.dtypes import DTYPES
-from hydrafs.fingerprint import UNRELATED, distances
+from hydrafs.fingerprint import REAL, UNRELATED, distances
 from hydrafs.manifest import SELF
 from hydrafs.predictors import castable
 
@@ -120,6 +120,9 @@ def _distance(target: TensorFacts, found: TensorFacts) -> float:
     if not found.fingerprint or _elements(target) != _elements(found):
         # No sample, or samples of other places: the name is all there is to go by.
         return GOOD - 1.0
+    if target.dtype == found.dtype and target.dtype not in REAL:
+        # The samples of whole numbers and of 8-bit floats tell only whether they are the same.
+        return 0.0 if target.fingerprint == found.fingerprint else GOOD - 1.0
     return float(distances(target, [found])[0])
 
 

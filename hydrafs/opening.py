@@ -47,6 +47,7 @@ class Opener:
         self.store = store
         self.cache = cache
         self._hasher = ThreadPoolExecutor(1, "hydrafs-proof") if background else None
+        self._closed = False
         self._lock = threading.Lock()
         self._hashing: set[tuple[Path, FileIdentity]] = set()
         self._proven: set[tuple[Path, FileIdentity, bytes]] = set()
@@ -89,19 +90,19 @@ class Opener:
     def _open_parent(
         self, parent: Parent, diff: DiffFile, chain: tuple[bytes, ...], budget: Iterator[int]
     ) -> OpenParent:
-        if parent.sha256 in chain:
-            raise ParentLoop(
+        changed: Path | None = None
+        trouble: ParentUnavailable | None = None
+        if parent.sha256 in chain:  # a model may be stored against a full copy of itself, but not against its own diff
+            trouble = ParentLoop(
                 "a diff needs itself",
                 where=diff.path,
                 detail=f"through {parent.name}",
                 remedy="restore the parent as a full file",
             )
-        changed: Path | None = None
-        trouble: ParentUnavailable | None = None
         for path in self._candidates(parent):
             try:
                 if path.name.endswith(SUFFIX):
-                    if trailer_of(path).sha256 == parent.sha256:
+                    if parent.sha256 not in chain and trailer_of(path).sha256 == parent.sha256:
                         source = self._open_chain(DiffFile(path), chain, budget)
                         # Its trailer claims the SHA-256, and its checksums guard what it says; neither proves it.
                         return OpenParent(source, lambda: False, parent.name)
@@ -185,7 +186,7 @@ class Opener:
         try:
             with FileSource(path) as source:
                 if FileIdentity.of(source.stat) == identity:
-                    found = sha256(source)
+                    found = sha256(source, self._go_on)
                     if FileIdentity.of(os.fstat(source.fd)) == identity:
                         self.store.catalog.remember_sha256(path, identity, found)
                         verdict = self._proven if found == digest else self._disproved
@@ -198,6 +199,8 @@ class Opener:
                                 found.hex(),
                                 digest.hex(),
                             )
+        except _Closed:
+            pass
         except HydraError as error:
             log.warning("cannot prove the parent %s: %s", path, error)
         finally:
@@ -211,7 +214,10 @@ class Opener:
         for path in self._places(parent):
             if path not in seen:
                 seen.add(path)
-                if os.path.isfile(path):  # a name from a diff may be one that no system call takes
+                # Not even a stat of what is in the mount that is being served: its answer is ours to give.
+                if not self.store.is_off_limits(path) and os.path.isfile(
+                    path
+                ):  # a name from a diff may be one that no system call takes
                     yield path
 
     def _places(self, parent: Parent) -> Iterator[Path]:
@@ -245,10 +251,19 @@ class Opener:
             self._scan = (time.monotonic(), by_size, by_sha256)
         return by_size, by_sha256
 
+    def _go_on(self, nbytes: int) -> None:
+        if self._closed:
+            raise _Closed
+
     def close(self) -> None:
-        """Stop hashing in the background."""
+        """Stop hashing in the background: an unmount does not wait for gigabytes."""
+        self._closed = True
         if self._hasher is not None:
-            self._hasher.shutdown(wait=False, cancel_futures=True)
+            self._hasher.shutdown(wait=True, cancel_futures=True)
+
+
+class _Closed(Exception):
+    """What hashing in the background ends with when nobody needs it any more."""
 
 
 def _is_untouched(source: FileSource) -> bool:

@@ -32,6 +32,7 @@ else:  # pragma: no cover - depends on the interpreter
 PRIVATE = ".hydrafs"
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 _TEMPORARY = ".hydrafs-tmp-"
+_MAX_LINKS = 40  # as path_resolution(7) has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,36 @@ def find_root(path: Path) -> Path | None:
     return None
 
 
+def leads_into(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether ``path``, links followed, is ``folder`` or in it; asks the filesystem about nothing in ``folder``.
+
+    Args:
+        path: absolute.
+        folder: absolute, without links.
+    """
+    target, current, links = os.fspath(folder), "/", 0
+    pending = os.fspath(path).split("/")[::-1]
+    while pending:
+        part = pending.pop()
+        if part in ("", ".", ".."):
+            current = os.path.dirname(current) if part == ".." else current
+            continue
+        step = os.path.join(current, part)
+        if step == target:
+            return True
+        try:
+            link = os.readlink(step)
+        except (OSError, ValueError):
+            current = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            return False  # a loop: it leads nowhere
+        current = "/" if link.startswith("/") else current
+        pending.extend(link.split("/")[::-1])
+    return False
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and removals in ``folder`` survive a power cut."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -89,7 +120,6 @@ class TemporaryFile:
             raise from_oserror(error, "cannot write in", folder) from error
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.file: BinaryIO = os.fdopen(fd, "w+b", buffering=1 << 20)
-        self._committed = False
 
     def flush_to_disk(self) -> None:
         """What was written is on the disk when this returns."""
@@ -102,22 +132,23 @@ class TemporaryFile:
         Raises:
             AlreadyThere: ``target`` exists and ``replace`` is false.
         """
-        self.flush_to_disk()
         try:
+            self.flush_to_disk()
             if replace:
                 self.path.replace(target)
             else:
                 # link(2) fails where rename(2) would silently replace; some filesystems have no links.
                 try:
                     os.link(self.path, target)
-                    self.path.unlink()
                 except FileExistsError:
                     raise
                 except OSError:
-                    if target.exists() or target.is_symlink():
+                    if os.path.lexists(target):
                         raise FileExistsError(17, "File exists", os.fspath(target)) from None
                     self.path.rename(target)
-            self._committed = True
+                else:
+                    with contextlib.suppress(OSError):  # it is tried again at the end, and by the next run
+                        self.path.unlink()
             fsync_folder(target.parent)
         except FileExistsError:
             raise AlreadyThere("a file of that name exists", where=target, remedy="move it away first") from None
@@ -130,9 +161,8 @@ class TemporaryFile:
     def __exit__(self, *exc: object) -> None:
         with contextlib.suppress(OSError):
             self.file.close()
-        if not self._committed:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
+        with contextlib.suppress(OSError):  # a committed file has no such name any more
+            self.path.unlink()
 
 
 class Store:
@@ -140,6 +170,9 @@ class Store:
 
     Thread safety: lookups from any number of threads; the configuration is changed by one at a time.
     """
+
+    off_limits: Path | None = None
+    """The mount that a daemon serves, resolved: a link of the store may lead there, and the daemon must not follow."""
 
     def __init__(self, root: str | os.PathLike[str], *, create: bool = False) -> None:
         """Open the store at ``root``; ``create`` makes its ``.hydrafs`` folder.
@@ -248,7 +281,7 @@ class Store:
             names = {e.name for e in entries}
             folders = []
             for entry in entries:
-                if is_private(entry.name):
+                if is_private(entry.name) or (entry.is_symlink() and self.is_off_limits(entry.path)):
                     continue
                 if _is_folder(entry):
                     folders.append(Path(entry.path))
@@ -263,6 +296,10 @@ class Store:
                     path = Path(entry.path)
                     yield ModelEntry(self.relative(path.with_name(name)), path, is_diff)
             pending.extend(reversed(folders))
+
+    def is_off_limits(self, path: str | os.PathLike[str]) -> bool:
+        """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``."""
+        return self.off_limits is not None and leads_into(path, self.off_limits)
 
     def relative(self, path: Path) -> str:
         """``path`` relative to the root where it is below it, else absolute."""

@@ -12,6 +12,7 @@ Rule 4: a folder's mtime changes when the names listed in it change, and at no o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -112,6 +113,7 @@ class StoreTree:
     Args:
         root: the store's folder.
         cache_nbytes: how many bytes of decoded chunks are kept.
+        mountpoint: where it is shown, resolved, so that no link of the store leads the daemon back to itself.
     """
 
     store: Store
@@ -119,8 +121,14 @@ class StoreTree:
     pool: DecodePool
     opener: Opener
 
-    def __init__(self, root: str | os.PathLike[str], cache_nbytes: int = 4 << 30) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        cache_nbytes: int = 4 << 30,
+        mountpoint: str | os.PathLike[str] | None = None,
+    ) -> None:
         self._root = os.path.realpath(root)
+        self._mountpoint = Path(mountpoint) if mountpoint is not None else None
         self._cache_nbytes = cache_nbytes
         self._lock = threading.Lock()
         self.names = Names()
@@ -131,6 +139,7 @@ class StoreTree:
         """Open the store and start the threads; in the process that serves, after it has forked."""
         writable = os.access(self._root, os.W_OK)
         self.store = Store(self._root, create=writable)
+        self.store.off_limits = self._mountpoint
         self.cache = ChunkCache(self._cache_nbytes)
         self.pool = DecodePool()
         self.opener = Opener(self.store, self.cache, background=True)
@@ -200,7 +209,8 @@ class StoreTree:
         version = _version(place, attributes.size)
         claim = self.names.open_as(path)
         if claim and not claim.version.same_file(version):
-            attributes, version = claim.attributes(), claim.version
+            # The name is there, whatever became of the file that it was.
+            attributes, version = dataclasses.replace(claim.attributes(), nlink=1), claim.version
         self.names.told(path, version)
         return attributes
 

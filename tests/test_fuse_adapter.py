@@ -590,6 +590,7 @@ def test_bad_mountpoints(setup):
 
 
 @fuse
+@pytest.mark.logs("the daemon of this mount is dead")
 def test_a_stale_mount_of_ours_is_cleaned_up(setup, point):
     os.kill(setup.pid, signal.SIGKILL)
     wait_for_end(setup.pid)

@@ -6,6 +6,7 @@ Commands are imported when they are called, so that help answers at once and a m
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 
@@ -65,6 +66,8 @@ def _root() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. One line on stderr says what failed."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
         result = _root.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         return result if isinstance(result, int) else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from hydrafs.cli.common import human, json_option, open_store, print_json, print_table
+from hydrafs.cli.common import human, json_option, open_store, print_json, print_table, say
 from hydrafs.diff import DiffFile
 from hydrafs.errors import HydraError
 from hydrafs.identity import FileIdentity
@@ -64,7 +64,7 @@ def command(store: str, as_json: bool) -> None:
     rows = [[str(f["name"]), str(f["state"]), human(float(str(f["size"]))), _shown(f["dependents"])] for f in facts]
     print_table(["base", "state", "size", "needed by"], rows, right=(2,))
     for name in folders:
-        print(f"base folder: {name}")
+        say(f"base folder: {name}")
 
 
 def _shown(dependents: object) -> str:

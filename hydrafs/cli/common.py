@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from hydrafs.errors import UsageError
+from hydrafs.errors import UsageError, printable
 from hydrafs.mountpoints import our_mounts
 from hydrafs.store import ModelEntry, Store, find_root
 
@@ -86,11 +86,16 @@ def print_json(facts: object) -> None:
     sys.stdout.write("\n")
 
 
+def say(line: str) -> None:
+    """A line for people, on stdout: names with line feeds or escapes in them stay on it."""
+    print(printable(line))
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
     """A table: drawn on a terminal, tabs between columns in a pipe. ``right``: the columns of numbers."""
     if not sys.stdout.isatty():
         for row in (headers, *rows):
-            print("\t".join(row))
+            print("\t".join(map(printable, row)))
         return
     from rich.console import Console  # noqa: PLC0415 - a tenth of a second that only a terminal pays
     from rich.table import Table  # noqa: PLC0415
@@ -101,7 +106,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right:
         justify: Any = "right" if number in right else "left"
         table.add_column(header, justify=justify, overflow="fold", no_wrap=number in right)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     Console().print(table)
 
 

@@ -18,6 +18,7 @@ from hydrafs.cli.common import (
     print_json,
     progress_bar,
     real_path,
+    say,
 )
 from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
 from hydrafs.errors import HydraError
@@ -119,13 +120,13 @@ def _facts(outcome: Outcome) -> dict[str, object]:
 
 def _tell(outcome: Outcome) -> None:
     for reason in outcome.reasons:
-        print(f"  {reason}")
+        say(f"  {reason}")
     if outcome.diff is None:
         share = percent(outcome.stored_nbytes, outcome.size)
-        print(f"{outcome.model.name}: left alone, it would take {share} of its size ({human(outcome.size)})")
+        say(f"{outcome.model.name}: left alone, it would take {share} of its size ({human(outcome.size)})")
         return
     kept = "" if outcome.original_removed else ", the original is kept"
-    print(
+    say(
         f"{outcome.model.name}: {human(outcome.size)} -> {human(outcome.stored_nbytes)} "
         f"({percent(outcome.stored_nbytes, outcome.size)}), proved by SHA-256 {outcome.sha256.hex()[:16]}...{kept}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from hydrafs import containers
-from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table
+from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table, say
 from hydrafs.codecs import registry
 from hydrafs.diff import DiffFile
 from hydrafs.identity import FileIdentity
@@ -29,13 +29,13 @@ def command(model: str, as_json: bool) -> None:
     if as_json:
         print_json(facts)
         return
-    print(f"{facts['name']}: {facts['container']}, {human(facts['size'])}, {facts['state']}")
+    say(f"{facts['name']}: {facts['container']}, {human(facts['size'])}, {facts['state']}")
     if facts["sha256"]:
-        print(f"SHA-256 {facts['sha256']}")
+        say(f"SHA-256 {facts['sha256']}")
     if entry.is_diff:
-        print(f"stored in {facts['diff']}: {human(facts['stored'])} ({percent(facts['stored'], facts['size'])})")
+        say(f"stored in {facts['diff']}: {human(facts['stored'])} ({percent(facts['stored'], facts['size'])})")
         for parent in facts["parents"]:
-            print(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
+            say(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
     rows = [
         [
             t["name"] or "(literal bytes)",

@@ -12,6 +12,7 @@ import click
 from hydrafs.cli.common import log_to_stderr, open_store, parse_nbytes
 from hydrafs.errors import UsageError
 from hydrafs.mounting import mount, parse_options
+from hydrafs.mountpoints import resolve
 
 _DEFAULT_CACHE = "4G"
 _SILENCE_SECONDS = 60.0
@@ -83,10 +84,14 @@ def command(
         private.mkdir(exist_ok=True)
         log_path = os.fspath(private / "mount.log")
 
-    def make_tree() -> object:
-        from hydrafs.vfs import StoreTree  # noqa: PLC0415 - in the process that serves
+    point = resolve(mountpoint)
 
-        return StoreTree(root, nbytes)
+    def make_tree() -> object:
+        from hydrafs.allocator import tune_allocator  # noqa: PLC0415 - in the process that serves
+        from hydrafs.vfs import StoreTree  # noqa: PLC0415
+
+        tune_allocator()
+        return StoreTree(root, nbytes, point)
 
     mount(
         make_tree,  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import restore
-from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar
+from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, say
 from hydrafs.store import trailer_of
 
 
@@ -26,4 +26,4 @@ def command(diff: str, output: Path | None, as_json: bool) -> None:
     if as_json:
         print_json({"path": str(restored.path), "size": restored.size, "sha256": restored.sha256.hex()})
     else:
-        print(f"{restored.path}: {human(restored.size)}, SHA-256 {restored.sha256.hex()}")
+        say(f"{restored.path}: {human(restored.size)}, SHA-256 {restored.sha256.hex()}")

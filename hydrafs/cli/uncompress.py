@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import restore
-from hydrafs.cli.common import default_jobs, find_model, human, jobs_option, json_option, print_json, progress_bar
+from hydrafs.cli.common import default_jobs, find_model, human, jobs_option, json_option, print_json, progress_bar, say
 from hydrafs.store import trailer_of
 
 
@@ -29,4 +29,4 @@ def command(diff: str, jobs: int | None, as_json: bool) -> None:
     if as_json:
         print_json({"diff": str(entry.path), "before": before, "after": after})
     else:
-        print(f"{entry.path}: {human(before)} -> {human(after)}")
+        say(f"{entry.path}: {human(before)} -> {human(after)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import restore
-from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, real_path
+from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, real_path, say
 from hydrafs.errors import HydraError, NotFound
 from hydrafs.store import ModelEntry, Store, find_root
 
@@ -29,12 +29,12 @@ def command(targets: tuple[str, ...], as_json: bool) -> int:
                 result = _check(store, entry)
                 results.append(result)
                 if not as_json:
-                    print(f"{'ok ' if result['ok'] else 'BAD'} {result['name']}: {result['message']}")
+                    say(f"{'ok ' if result['ok'] else 'BAD'} {result['name']}: {result['message']}")
     bad = [r for r in results if not r["ok"]]
     if as_json:
         print_json({"checked": len(results), "bad": len(bad), "models": results})
     else:
-        print(f"{len(results)} diffs checked, {len(bad)} bad")
+        say(f"{len(results)} diffs checked, {len(bad)} bad")
     return 1 if bad else 0
 
 

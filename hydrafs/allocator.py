@@ -1,0 +1,31 @@
+"""Keeping the daemon's memory close to what its cache holds.
+
+glibc gives each thread an arena of its own. Chunks are allocated by one thread and freed, when they leave the cache, in
+the arena of another, where the next thread does not find them: after 10,000 models a cache of 1 GiB took 2.2 GB. One
+arena, whose large blocks are reused and not returned at once, keeps the excess within some tens of megabytes.
+
+Source: mallopt(3); the numbers are those of <malloc.h>.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_M_ARENA_MAX = -8
+
+_KEPT_FREE_NBYTES = 64 << 20
+_MAPPED_NBYTES = 32 << 20
+
+
+def tune_allocator() -> bool:
+    """Use one arena in this process from now on; whether the C library knows how. To be called before threads start."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False  # musl has no arenas to begin with
+    mallopt.argtypes = [ctypes.c_int, ctypes.c_int]
+    # Chunks must come from the arena: what is mapped alone is faulted in anew each time, a third of a second per GB.
+    settings = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _MAPPED_NBYTES), (_M_TRIM_THRESHOLD, _KEPT_FREE_NBYTES))
+    return all(mallopt(name, value) == 1 for name, value in settings)

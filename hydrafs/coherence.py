@@ -1,0 +1,155 @@
+"""What the kernel keeps of a mount's names, and how two contents of one name are kept apart in it.
+
+The kernel believes the attributes of a name for a second, and keeps a file's pages for as long as each open says that
+they are still good. A path-based libfuse cannot tell it that either has become wrong. What is left is to say at an open
+that the pages go, to refuse the open, or to send it back: at ESTALE the kernel asks for the attributes anew and opens
+once more (``do_filp_open`` in ``fs/namei.c``, ``LOOKUP_REVAL`` in ``fs/fuse/dir.c``).
+
+Rule 1: an open is served only if the size that the kernel believes is the size of what is opened.
+Rule 2: while a content is open under a name, no other one is opened under it.
+Rule 3: pages are kept from one open to the next only if nothing but this content was read into them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+from cachetools import LRUCache
+
+from hydrafs.attributes import Attributes
+
+_NAMES = 200_000
+_RELEASE_SECONDS = 0.25
+"""How long an open waits for another content to be closed: close(2) returns before the filesystem is told of it."""
+_JUST_TOLD_SECONDS = 0.1
+"""A plain file whose size is another one so soon after the kernel asked is growing: it would be sent back for ever."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """A name as it stands at one time: the file of the store behind it, and the size that it is listed with."""
+
+    device: int
+    inode: int
+    is_diff: bool
+    size: int
+
+    def same_file(self, other: Version) -> bool:
+        """Whether both are one file of the store, whatever is in it."""
+        return (self.device, self.inode, self.is_diff) == (other.device, other.inode, other.is_diff)
+
+
+@dataclass(eq=False, slots=True)
+class Claim:
+    """What an open file holds of a name. ``identify`` tells what its content is, and may know it better later on;
+    ``keep_cache``: the kernel's pages are this very content."""
+
+    path: str
+    version: Version
+    identify: Callable[[], Hashable]
+    attributes: Callable[[], Attributes]
+    content: Hashable = None
+    keep_cache: bool = False
+    used: bool = False
+
+
+@dataclass(slots=True)
+class _Pages:
+    """The content that was last opened under a name; ``alone``: the kernel has no pages of any other."""
+
+    content: Hashable
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class Names:
+    """What the kernel knows of each name. Thread safety: any number of threads."""
+
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    _told: LRUCache[str, tuple[Version, float]] = field(default_factory=lambda: LRUCache(_NAMES))
+    _pages: LRUCache[str, _Pages] = field(default_factory=lambda: LRUCache(_NAMES))
+    _open: dict[str, list[Claim]] = field(default_factory=dict)
+
+    def told(self, path: str, version: Version) -> None:
+        """The kernel is being told of ``path`` as it is in ``version``."""
+        with self._changed:
+            self._told[path] = version, time.monotonic()
+
+    def open_as(self, path: str) -> Claim | None:
+        """A claim on ``path``, if it is open."""
+        with self._changed:
+            claims = self._open.get(path)
+            return claims[0] if claims else None
+
+    def claim(
+        self,
+        path: str,
+        version: Version,
+        identify: Callable[[], Hashable],
+        attributes: Callable[[], Attributes],
+    ) -> Claim:
+        """Open ``path`` as ``version``, with the bytes that ``identify`` names; give it back with ``release``.
+
+        Raises:
+            OSError: EBUSY where another content is open under the name; ESTALE where the kernel must look again.
+        """
+        claim = Claim(path, version, identify, attributes, identify())
+        with self._changed:
+            others = [old for old in self._open.get(path, ()) if old.content != claim.content]
+        for old in others:
+            # A plain file that was dehydrated since has a SHA-256 now, and it may be the very one that is opened.
+            old.content = old.identify()
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self._is_in_the_way(claim), _RELEASE_SECONDS):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+            if self._is_stale(path, version):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+            pages = self._pages.get(path)
+            if pages is None or pages.content != claim.content:
+                pages = self._pages[path] = _Pages(claim.content)
+            claim.keep_cache = pages.alone
+            self._open.setdefault(path, []).append(claim)
+        return claim
+
+    def _is_stale(self, path: str, version: Version) -> bool:
+        told = self._told.get(path)
+        if told is None or told[0] == version:
+            return False
+        # While a name is open the kernel is told of what it was opened as, also where the same content has moved.
+        if path in self._open and told[0].size == version.size:
+            return False
+        growing = not version.is_diff and told[0].same_file(version)
+        return not growing or time.monotonic() - told[1] > _JUST_TOLD_SECONDS
+
+    def _is_in_the_way(self, new: Claim) -> bool:
+        # A plain file that is written in place stays readable throughout, as on any filesystem. A diff does not.
+        return any(
+            old.content != new.content and (new.version.is_diff or not old.version.same_file(new.version))
+            for old in self._open.get(new.path, ())
+        )
+
+    def used(self, claim: Claim) -> None:
+        """The file was read from: the kernel has done what the open told it to do with the pages."""
+        if claim.used:
+            return
+        claim.used = True
+        with self._changed:
+            pages = self._pages.get(claim.path)
+            if pages is not None and pages.content == claim.content:
+                pages.alone = True
+
+    def release(self, claim: Claim) -> None:
+        """The file is closed."""
+        self.used(claim)
+        with self._changed:
+            claims = self._open.get(claim.path, [])
+            if claim in claims:
+                claims.remove(claim)
+            if not claims:
+                self._open.pop(claim.path, None)
+            self._changed.notify_all()
