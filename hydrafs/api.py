@@ -10,6 +10,7 @@ from pathlib import Path
 from hydrafs import restore
 from hydrafs.allocator import tune_allocator
 from hydrafs.cache import ChunkCache
+from hydrafs.choosing import AUTOMATIC
 from hydrafs.dehydrate import Options, Outcome, Progress, dehydrate
 from hydrafs.errors import UsageError
 from hydrafs.layout import FileSource
@@ -45,7 +46,7 @@ class OpenStore:
         *,
         bases: Sequence[str | os.PathLike[str]] = (),
         keep: bool = False,
-        codec: str = "planes",
+        codec: str = AUTOMATIC,
         progress: Progress | None = None,
     ) -> Outcome:
         """Turn a plain model into a diff and remove it, after the proof that the diff gives it back.
@@ -54,6 +55,7 @@ class OpenStore:
             model: a path, or a name relative to the store.
             bases: what to store it against; found by itself when empty.
             keep: leave the original where it is.
+            codec: one for all tensors, by its name, or the smallest for each.
 
         Raises:
             HydraError: the original stands as it stood.

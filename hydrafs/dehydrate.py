@@ -19,8 +19,9 @@ from typing import Literal
 from hydrafs import bases, containers
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
+from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
 from hydrafs.diff import SUFFIX, DiffWriter
-from hydrafs.encode import encode_model, estimate
+from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, probe, sha256
@@ -36,6 +37,7 @@ from hydrafs.version import __version__
 
 MUST_SHRINK_BY = 0.05
 _SPACE_MARGIN_NBYTES = 16 << 20
+_ALIKE = 0.002
 
 Stage = Literal["hash", "encode", "prove"]
 Progress = Callable[[Stage, int, int], None]
@@ -45,13 +47,14 @@ Progress = Callable[[Stage, int, int], None]
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to dehydrate. ``bases`` empty: found by itself, though never among ``not_bases`` (plain files that will be
-    dehydrated themselves). ``jobs``: coding threads. ``codec`` ``raw`` compresses nothing."""
+    dehydrated themselves). ``jobs``: coding threads. ``codec``: one for all tensors, or
+    the smallest for each; ``raw`` compresses nothing."""
 
     bases: tuple[Path, ...] = ()
     not_bases: tuple[Path, ...] = ()
     keep: bool = False
     jobs: int = field(default_factory=lambda: max(1, os.cpu_count() or 1))
-    codec: str = "planes"
+    codec: str = AUTOMATIC
     chunk_nbytes: int = DEFAULT_CHUNK_NBYTES
 
 
@@ -121,9 +124,15 @@ def dehydrate(
             opened.extend(opener.open(entry) for entry in entries)
             _check_chain(source, opened)
             _hold(opened)
-            plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec=options.codec)
-            manifest = _manifest(source, layout, plan, parents)
             raw = options.codec == "raw"
+            plan = make_plan(
+                source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec="raw" if raw else "planes"
+            )
+            if not raw:
+                names = codecs_for(options.codec)
+                predictor = predictor_for(source, plan, opened, _manifest(source, layout, plan, parents))
+                plan = choose_codecs(source, plan, predictor, names, jobs=options.jobs)
+            manifest = _manifest(source, layout, plan, parents)
             share = 1.0 if raw else estimate(source, plan, opened, manifest)
             if not raw and share > 0.98:
                 return _left_alone(model, source.size, round(share * source.size), choice.reasons)
@@ -239,7 +248,7 @@ def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
 def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:
     """The manifest as it is known before the model has been read: all but its SHA-256."""
     return Manifest(
-        required=(),
+        required=features_of(plan.sections),
         name=plain_text(Path(source.path).name),
         size=source.size,
         sha256=bytes(32),
@@ -265,7 +274,11 @@ def _evaluate(
             _check_chain(source, [parent])
             plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes)
             record = Parent(bytes(32), parent.size, candidate.entry.name, 0)
-            return estimate(source, plan, [parent], _manifest(source, layout, plan, [record]))
+            share = estimate(source, plan, [parent], _manifest(source, layout, plan, [record]))
+            alike = share < _ALIKE and parent.size == source.size
+            if alike and isinstance(parent, Rehydrated) and sha256(source) == parent.manifest.sha256:
+                return 1.0  # another copy of this very model: a diff cannot need a model of its own SHA-256
+            return share
     except HydraError:
         return 1.0
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from hydrafs import predictors
+from hydrafs.choosing import read_chunk
 from hydrafs.codecs import registry
 from hydrafs.diff import FLAG_NARROWED, FLAG_UNPREDICTED, DiffWriter
 from hydrafs.dtypes import DTYPES
@@ -51,10 +52,18 @@ class Coded:
     different: tuple[int, ...]
 
 
-def code_chunk(predictor: Predictor, section: int, begin: int, target: npt.NDArray[np.uint8], *, raw: bool) -> Coded:
+def code_chunk(
+    predictor: Predictor,
+    section: int,
+    begin: int,
+    target: npt.NDArray[np.uint8],
+    *,
+    raw: bool,
+    others: Sequence[int] = (),
+) -> Coded:
     """The smallest of what the section's codec gives with and without its prediction, narrowed or not, and plain bytes.
 
-    ``raw`` stores the bytes as they are unless nothing need be stored at all.
+    ``raw`` stores the bytes as they are unless nothing need be stored at all. ``others``: codecs that are tried too.
     """
     record = predictor.sections[section]
     dtype = predictor.dtype(section)
@@ -89,6 +98,9 @@ def code_chunk(predictor: Predictor, section: int, begin: int, target: npt.NDArr
     if prediction is not None:
         payload = codec.encode(prediction, target, coded, record.params)
         best = _smaller(best, Coded(payload, codec.id, flags, checksum, unlike))
+        for other in others:
+            payload = registry.by_id(other).encode(prediction, target, coded, b"")
+            best = _smaller(best, Coded(payload, other, flags, checksum, unlike))
     if prediction is None or len(best.payload) > 0.7 * target.nbytes:
         payload = codec.encode(None, target, coded, record.params)
         best = _smaller(best, Coded(payload, codec.id, flags | FLAG_UNPREDICTED, checksum, unlike))
@@ -132,14 +144,8 @@ def encode_model(
         Changing: the model became shorter while it was read.
         HydraError: it or a parent cannot be read, or the diff not be written.
     """
-    table = tabulate(replace_sha256(manifest, bytes(32)), manifest.name)
-
-    def read_parent(parent: int, offset: int, out: memoryview) -> None:
-        origin = source if parent == SELF else parents[parent]
-        if origin.pread_into(offset, out) != out.nbytes:
-            raise ParentChanged("a parent became shorter", where=manifest.parents[parent].name)
-
-    predictor = Predictor(plan.spans, plan.sections, table, read_parent)
+    predictor = predictor_for(source, plan, parents, manifest)
+    table = predictor.table
     output = writer(table.chunk_count)
     different: set[int] = set()
     pending: deque[tuple[int, Future[Coded]]] = deque()
@@ -174,7 +180,8 @@ def encode_model(
                         target = np.frombuffer(bytes(memoryview(buffer)[: plan.chunk_nbytes]), np.uint8)
                         del buffer[: plan.chunk_nbytes]
                         begin = sent[section] * plan.chunk_nbytes
-                        future = pool.submit(code_chunk, predictor, section, begin, target, raw=raw)
+                        others = plan.others[section] if plan.others else ()
+                        future = pool.submit(code_chunk, predictor, section, begin, target, raw=raw, others=others)
                         pending.append((int(table.first_chunk[section]) + sent[section], future))
                         sent[section] += 1
                         while len(pending) > 3 * jobs + 2:
@@ -198,9 +205,16 @@ def encode_model(
     return complete
 
 
-def replace_sha256(manifest: Manifest, sha256: bytes) -> Manifest:
-    """The manifest with another SHA-256."""
-    return msgspec.structs.replace(manifest, sha256=sha256)
+def predictor_for(source: ByteSource, plan: Plan, parents: Sequence[ByteSource], manifest: Manifest) -> Predictor:
+    """What predicts the chunks of ``plan`` while the model is there in full: ``source`` itself and its parents."""
+
+    def read_parent(parent: int, offset: int, out: memoryview) -> None:
+        origin = source if parent == SELF else parents[parent]
+        if origin.pread_into(offset, out) != out.nbytes:
+            name = manifest.name if parent == SELF else manifest.parents[parent].name
+            raise ParentChanged("a parent became shorter", where=name)
+
+    return Predictor(plan.spans, plan.sections, tabulate(manifest, manifest.name), read_parent)
 
 
 def estimate(
@@ -210,12 +224,8 @@ def estimate(
 
     For deciding whether there is room and whether it is worth it; some per cent off at times.
     """
-    table = tabulate(replace_sha256(manifest, bytes(32)), manifest.name)
-
-    def read_parent(parent: int, offset: int, out: memoryview) -> None:
-        (source if parent == SELF else parents[parent]).pread_into(offset, out)
-
-    predictor = Predictor(plan.spans, plan.sections, table, read_parent)
+    predictor = predictor_for(source, plan, parents, manifest)
+    table = predictor.table
     total = stored = 0
     if not table.chunk_count:
         return 0.0
@@ -223,9 +233,7 @@ def estimate(
         section, place = table.chunk_section(number)
         begin = place * plan.chunk_nbytes
         nbytes = min(plan.chunk_nbytes, int(table.section_nbytes[section]) - begin)
-        parts = predictor.pieces(section, begin, nbytes)
-        raw = b"".join(source.pread(int(table.offsets[p.span]) + p.inside, p.nbytes) for p in parts)
-        coded = code_chunk(predictor, section, begin, np.frombuffer(raw, np.uint8), raw=False)
+        coded = code_chunk(predictor, section, begin, read_chunk(source, predictor, section, begin, nbytes), raw=False)
         total += nbytes
         stored += len(coded.payload)
     return stored / total if total else 0.0

@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from hydrafs.codecs import registry
 from hydrafs.dtypes import DTYPES
 from hydrafs.errors import CorruptDiff, HydraError, UnsupportedDiff
 from hydrafs.predictors import NARROWINGS, castable
@@ -26,7 +27,7 @@ PREDICTION_FORMULA = 3
 SELF = -1
 """The parent number that means the model itself (an EMA copy beside its live weights)."""
 
-KNOWN_FEATURES: frozenset[str] = frozenset()
+KNOWN_FEATURES: frozenset[str] = frozenset(registry.FEATURES.values())
 """The features of later writers that this reader understands; version 1 itself needs none."""
 
 MAX_SPANS = 1_000_000

@@ -25,11 +25,13 @@ _SAMPLE_NBYTES = 2048
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The spans of a model in file order and the sections that they are stored in."""
+    """The spans of a model in file order and the sections that they are stored in. ``others``: for each section, the
+    codecs that are tried on each of its chunks beside its own (none where it is empty)."""
 
     spans: tuple[SpanRecord, ...]
     sections: tuple[Section, ...]
     chunk_nbytes: int
+    others: tuple[tuple[int, ...], ...] = ()
 
 
 def make_plan(

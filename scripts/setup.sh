@@ -99,6 +99,11 @@ has_command "$PYTHON" || die "no $PYTHON here; install Python 3.10 to 3.14 (apt-
 
 "$PYTHON" -c 'import ensurepip, venv' > /dev/null 2>&1 \
   || missing+=("$("$PYTHON" -c 'import sys; print("python%d.%d-venv|python3-venv" % sys.version_info[:2])')")
+# The extension is built where hydrafs is installed.
+want_command cc gcc
+printf '#include <stdio.h>\n' | cc -E - > /dev/null 2>&1 || missing+=(libc6-dev)
+[ -e "$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" ] \
+  || missing+=("$("$PYTHON" -c 'import sys; print("python%d.%d-dev|python3-dev" % sys.version_info[:2])')")
 want_command fusermount3 fuse3
 want_library libfuse3.so "libfuse3-4|libfuse3-3"
 if [ "$STAGE" = test ]; then
@@ -119,7 +124,7 @@ install_missing
 facts() {
   pwd
   "$PYTHON" -VV
-  cat pyproject.toml constraints.txt scripts/setup.sh
+  cat pyproject.toml constraints.txt scripts/setup.sh setup.py hydrafs/native/*
 }
 FACTS=$(facts | cksum)
 readonly FACTS

@@ -286,15 +286,15 @@ def test_eight_threads_at_once(name):
 
 def test_ids_are_pinned():
     assert registry.NONE == 0
-    assert registry.names() == NAMES
-    assert [registry.by_name(name).id for name in NAMES] == [1, 2, 3]
-    for name in NAMES:
+    pinned = {"raw": 1, "zstd": 2, "planes": 3, "rans": 4}
+    assert {name: registry.by_name(name).id for name in registry.names()} == pinned
+    for name in pinned:
         codec = registry.by_name(name)
         assert codec.name == name
         assert registry.by_id(codec.id) is codec
 
 
-@pytest.mark.parametrize("number", [registry.NONE, 4, 5, 255, -1])
+@pytest.mark.parametrize("number", [registry.NONE, 5, 6, 255, -1])
 def test_an_unknown_id_is_named(number):
     with pytest.raises(UnsupportedDiff, match=f"codec {number}"):
         registry.by_id(number)

@@ -21,6 +21,7 @@ from conftest import Filled, ModelMaker, Tensors
 from hydrafs import dehydrate as dehydrating
 from hydrafs import opening
 from hydrafs.cache import ChunkCache
+from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
 from hydrafs.dehydrate import Options, Outcome, dehydrate
 from hydrafs.diff import FLAG_NARROWED, DiffFile
@@ -1019,7 +1020,7 @@ def test_the_manifest_says_what_the_model_was(filled: Filled) -> None:
     assert (manifest.mode, manifest.mtime_ns, manifest.container) == (before.st_mode, before.st_mtime_ns, "safetensors")
     assert dict(manifest.metadata).get("format") == "pt"
     assert manifest.writer.startswith("hydrafs ")
-    assert manifest.required == ()
+    assert manifest.required == features_of(manifest.sections)
     assert msgspec.structs.asdict(manifest.parents[0])["size"] == filled.base.stat().st_size
     assert set(spans_by_name(filled.tuned)) == set(torch_names(filled))
 

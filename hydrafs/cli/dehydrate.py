@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from hydrafs.choosing import AUTOMATIC
 from hydrafs.cli.common import (
     default_jobs,
     human,
@@ -30,6 +31,7 @@ from hydrafs.store import Store, find_root
 @click.option("--store", "folder", metavar="DIR", help="Put the diffs here (default: beside each model).")
 @click.option("--base", "bases", multiple=True, metavar="PATH", help="Store against this model; may be given again.")
 @click.option("--no-compress", is_flag=True, help="Store residuals as they are, for the fastest reads.")
+@click.option("--codec", metavar="NAME", help="One codec for all: rans, planes, zstd, raw (default: the best).")
 @click.option("--keep", is_flag=True, help="Leave the original where it is.")
 @jobs_option
 @json_option
@@ -38,6 +40,7 @@ def command(
     folder: str | None,
     bases: tuple[str, ...],
     no_compress: bool,
+    codec: str | None,
     keep: bool,
     jobs: int | None,
     as_json: bool,
@@ -50,9 +53,10 @@ def command(
     paths = [real_path(m) for m in models]
     outcomes: list[dict[str, object]] = []
     worst = 0
+    chosen = "raw" if no_compress else codec or AUTOMATIC
     for path in paths:
         try:
-            outcome = _one(path, folder, bases, no_compress, keep, default_jobs(jobs), tuple(paths))
+            outcome = _one(path, folder, bases, chosen, keep, default_jobs(jobs), tuple(paths))
         except HydraError as error:
             if len(paths) == 1:
                 raise
@@ -72,7 +76,7 @@ def _one(
     path: Path,
     folder: str | None,
     bases: tuple[str, ...],
-    no_compress: bool,
+    codec: str,
     keep: bool,
     jobs: int,
     together: tuple[Path, ...],
@@ -88,7 +92,7 @@ def _one(
         not_bases=together,
         keep=keep,
         jobs=jobs,
-        codec="raw" if no_compress else "planes",
+        codec=codec,
     )
     store = Store(root, create=True)
     with contextlib.closing(store), contextlib.ExitStack() as stack:

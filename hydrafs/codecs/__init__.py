@@ -5,6 +5,7 @@ The ids are written into diffs, so the table is append-only: an id never changes
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,13 @@ class Codec(Protocol):
 
     id: int
     name: str
+
+    def train(self, samples: Iterable[tuple[Words | None, Words]], dtype: DType) -> bytes:
+        """The ``params`` for a section, from pairs of prediction and target: some of its chunks, or all.
+
+        Empty where the codec keeps nothing.
+        """
+        ...
 
     def encode(self, prediction: Words | None, target: Words, dtype: DType, params: bytes) -> bytes:
         """The payload from which ``decode_into`` gives ``target`` back, given the same prediction."""

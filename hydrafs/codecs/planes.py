@@ -16,6 +16,7 @@ Where the target holds no whole word there are no planes, only those bytes.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 
 import numpy as np
 import zstandard
@@ -84,6 +85,10 @@ class PlanesCodec:
 
     id = 3
     name = "planes"
+
+    def train(self, samples: Iterable[tuple[Words | None, Words]], dtype: DType) -> bytes:
+        """Nothing: this codec keeps no parameters."""
+        return b""
 
     def encode(self, prediction: Words | None, target: Words, dtype: DType, params: bytes) -> bytes:
         """The payload; its planes hold under 2**30 bytes each."""

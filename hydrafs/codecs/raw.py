@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from hydrafs.codecs import Words
@@ -14,6 +16,10 @@ class RawCodec:
 
     id = 1
     name = "raw"
+
+    def train(self, samples: Iterable[tuple[Words | None, Words]], dtype: DType) -> bytes:
+        """Nothing: this codec keeps no parameters."""
+        return b""
 
     def encode(self, prediction: Words | None, target: Words, dtype: DType, params: bytes) -> bytes:
         """A copy of ``target``; the rest is not looked at."""

@@ -9,7 +9,7 @@ Source of the format: RFC 8878.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
@@ -62,6 +62,10 @@ class ZstdCodec:
 
     id = 2
     name = "zstd"
+
+    def train(self, samples: Iterable[tuple[Words | None, Words]], dtype: DType) -> bytes:
+        """Nothing: this codec keeps no parameters."""
+        return b""
 
     def encode(self, prediction: Words | None, target: Words, dtype: DType, params: bytes) -> bytes:
         """``target`` compressed at level 3; the prediction is not looked at."""
