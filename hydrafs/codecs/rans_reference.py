@@ -1,7 +1,7 @@
 """The codec ``rans`` as a specification that runs: its decoder in numpy, one vector operation per step of the format.
 
-It is what the native kernels are tested against, and what reads diffs where the extension could not be built (at 3 MB/s,
-far too slow to work with). ``docs/RANS.md`` tells the same in words. All numbers are little-endian; nibbles are read low one first.
+It is what the native kernels are tested against, and what reads diffs where the extension is missing, at 3 MB/s.
+``docs/RANS.md`` tells the same in words. All numbers are little-endian; nibbles are read low one first.
 """
 
 from __future__ import annotations
