@@ -24,6 +24,8 @@ from hydrafs.prediction import Predictor
 
 SAMPLES = 4
 """Chunks of a section that the choice and the tables rest on."""
+SAMPLE_NBYTES = 1 << 20
+"""How much of these chunks is coded, all together: as much as the tables can use, and a few milliseconds' work."""
 CLOSE = 1.1
 """Codecs whose samples differ by less than this are both tried on each chunk."""
 AUTOMATIC = "auto"
@@ -84,11 +86,12 @@ def _choose(
     whole = int(predictor.table.section_nbytes[number])
     chunks = -(-whole // plan.chunk_nbytes)
     places = sorted({(chunks - 1) * i // max(1, SAMPLES - 1) for i in range(SAMPLES)})
+    piece = SAMPLE_NBYTES // len(places) // 16 * 16
     samples: list[tuple[Words | None, Words]] = []
     coded = dtype
     for place in places:
         begin = place * plan.chunk_nbytes
-        nbytes = min(plan.chunk_nbytes, whole - begin)
+        nbytes = min(plan.chunk_nbytes, whole - begin, piece)
         target = read_chunk(source, predictor, number, begin, nbytes)
         small = predictors.narrow(target, DTYPES[section.narrow]) if section.narrow else None
         if small is not None:
