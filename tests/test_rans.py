@@ -1,6 +1,8 @@
 """The codec rans: exact for every type, length and kernel, equal to its reference, calm with any payload and params."""
 
+import json
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,3 +355,18 @@ def test_without_the_extension(monkeypatch):
     assert decode("", known, stored, target.size, dtype, params).tobytes() == target.tobytes()
     with pytest.raises(HydraError):
         decode("", known, b"\x01", target.size, dtype, params)
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "rans.json").read_text())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda r: f"{r['dtype']}-{'alone' if r['prediction'] is None else 'tensor'}")
+def test_payloads_of_the_first_version_decode_for_ever(level, row):
+    def array(key):
+        return np.frombuffer(bytes.fromhex(row[key]), np.uint8)
+
+    prediction = None if row["prediction"] is None else array("prediction")
+    target, params = array("target"), bytes.fromhex(row["params"])
+    out = decode(level, prediction, bytes.fromhex(row["payload"]), target.size, DTYPES[row["dtype"]], params)
+    assert out.tobytes() == target.tobytes()
