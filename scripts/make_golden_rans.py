@@ -1,7 +1,7 @@
 """Writes tests/golden/rans.json: payloads of the codec rans that must decode to the same bytes for ever.
 
-The encoder is hydrafs' own, so this pins the format of the day it was run; the tests decode the file with every kernel and
-with the reference decoder, which is written from docs/RANS.md. Run it only for a new version of the format.
+The encoder is hydrafs' own, so this pins the format of the day it was run; the tests decode the file with every kernel
+and with the reference decoder, which is written from docs/RANS.md. Run it only for a new version of the format.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "rans.json").read_text()
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("row", GOLDEN, ids=lambda r: f"{r['dtype']}-{'alone' if r['prediction'] is None else 'tensor'}")
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda r: f"{r['dtype']}-{'tensor' if r['prediction'] else 'alone'}")
 def test_payloads_of_the_first_version_decode_for_ever(level, row):
     def array(key):
         return np.frombuffer(bytes.fromhex(row[key]), np.uint8)

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 
 from hydrafs.cli.common import json_option, print_json, print_table
+from hydrafs.codecs import rans
 from hydrafs.errors import HydraError, MountFailed
 from hydrafs.fuse import load_binding
 from hydrafs.mountpoints import our_mounts
@@ -48,6 +49,7 @@ def command(as_json: bool) -> int:
         *_helpers(),
         *_limits(),
         *_python(),
+        _codec(),
         *_mounts(),
     ]
     bad = [f for f in findings if f.state == "bad"]
@@ -174,6 +176,14 @@ def _python() -> list[Finding]:
     there = importlib.util.find_spec("torch") is not None
     found.append(Finding("torch", "ok", "there" if there else "missing, and not needed by a mount"))
     return found
+
+
+def _codec() -> Finding:
+    level = rans.level()
+    if level.startswith("none"):
+        remedy = "apt-get install gcc python3-dev, then install hydrafs again: diffs get a third smaller and faster"
+        return Finding("native codec", "note", level, remedy)
+    return Finding("native codec", "ok", level)
 
 
 def _mounts() -> list[Finding]:
