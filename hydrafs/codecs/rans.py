@@ -54,9 +54,9 @@ def levels() -> tuple[str, ...]:
 
 def level() -> str:
     """What decodes here: ``avx512``, ``avx2``, ``portable``, ``reference`` if forced, or what is missing."""
-    if _forced:
-        return _forced
-    return str(levels()[0]) if _native else "none: extension not built"
+    if not _native:
+        return "none: extension not built"
+    return _forced or str(levels()[0])
 
 
 def force(name: str) -> None:
