@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bz2
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import zstandard
 from benchmarks.common import hydrafs
 from benchmarks.pairs import Pair
 from hydrafs.codecs import registry
+from hydrafs.codecs.rans import MANTISSA_BITS
 from hydrafs.dtypes import DTYPES, DType
 
 Bytes = npt.NDArray[np.uint8]
@@ -254,6 +256,204 @@ class ZipNN:
         return _wrong_bytes(self._result, pair.tuned.read_bytes())
 
 
+class OpenZL:
+    """The openzl library on the tensors' words: floats taken apart, or after XOR with the base as plain numbers.
+
+    Each then goes to its generic numeric graph, at the default level.
+    """
+
+    def __init__(self, *, xor: bool) -> None:
+        self.name = "OpenZL on XOR" if xor else "OpenZL, no delta"
+        self._xor = xor
+        self._packed = b""
+        self._head = b""
+        self._result = b""
+
+    def absent(self) -> str:
+        try:
+            import openzl.ext  # noqa: F401
+        except ImportError as error:
+            return f"openzl: not installable here, or not installed: {error}"
+        return ""
+
+    def _compressor(self, pair: Pair) -> object:
+        import openzl.ext as zl
+
+        compressor = zl.Compressor()
+        compressor.set_parameter(zl.CParam.FormatVersion, zl.MAX_FORMAT_VERSION)
+        graph = zl.graphs.Compress()(compressor)
+        if not self._xor:
+            apart = {
+                "fp32": zl.nodes.Float32Deconstruct,
+                "fp16": zl.nodes.Float16Deconstruct,
+                "bf16": zl.nodes.BFloat16Deconstruct,
+            }[pair.precision]
+            graph = apart()(compressor, graph, graph)
+        compressor.select_starting_graph(graph)
+        return compressor
+
+    def pack(self, pair: Pair, folder: Path) -> int:
+        import openzl.ext as zl
+
+        tuned, start, _ = read_safetensors(pair.tuned)
+        self._head = zstandard.ZstdCompressor(level=3).compress(tuned[:start])
+        body = tuned[start:]
+        if self._xor:
+            base, base_start, _ = read_safetensors(pair.base)
+            body = body ^ base[base_start:]
+        words = np.frombuffer(body.tobytes(), "<u4" if pair.precision == "fp32" else "<u2")
+        context = zl.CCtx()
+        compressor = self._compressor(pair)
+        context.ref_compressor(compressor)
+        self._packed = context.compress([zl.Input(zl.Type.Numeric, words)])
+        return len(self._head) + len(self._packed)
+
+    def unpack(self, pair: Pair, folder: Path) -> None:
+        import openzl.ext as zl
+
+        (output,) = zl.DCtx().decompress(self._packed)
+        body = np.frombuffer(output.content.as_bytes(), np.uint8)
+        if self._xor:
+            base, base_start, _ = read_safetensors(pair.base)
+            body = body ^ base[base_start:]
+        self._result = zstandard.ZstdDecompressor().decompress(self._head) + body.tobytes()
+
+    def check(self, pair: Pair, folder: Path) -> int:
+        return _wrong_bytes(self._result, pair.tuned.read_bytes())
+
+
+class Computed:
+    """A size that is computed from statistics: nothing is written, so there is no speed and nothing to give back."""
+
+    def absent(self) -> str:
+        return ""
+
+    def unpack(self, pair: Pair, folder: Path) -> None:
+        raise NotImplementedError
+
+    def check(self, pair: Pair, folder: Path) -> int:
+        return 0
+
+
+class FMDelta(Computed):
+    """The method of FM-Delta (NeurIPS 2024), written down for comparison.
+
+    Floats are mapped to unsigned integers of the same order; of the difference, sign and position of the highest bit
+    go to an adaptive range coder of order 0, the bits below are stored raw. What is computed is that coder's exact
+    code length, with counts from one for each of the symbols, one model for each tensor.
+    """
+
+    name = "FM-Delta's method (code length)"
+
+    def pack(self, pair: Pair, folder: Path) -> int:
+        bits = 0.0
+        for tensor in matched_tensors(pair):
+            target, base = tensor.words()
+            negative, magnitude = ordered_difference(
+                target, np.zeros_like(target) if base is None else base, tensor.dtype
+            )
+            lengths = bit_lengths(magnitude)
+            alphabet = 2 * 8 * tensor.dtype.word_nbytes + 1  # zero, and either sign of each length
+            counts = np.bincount(2 * lengths - (negative & (lengths > 0)), minlength=alphabet)
+            bits += adaptive_bits(counts, alphabet) + float(np.maximum(lengths - 1, 0).sum())
+        return math.ceil(bits / 8) + _head_nbytes(pair)
+
+
+class Floor(Computed):
+    """What order 0 can do at best: each tensor by the cheaper of an ideal coder and the codec ``planes``.
+
+    The ideal coder knows the base's exponent and each symbol's frequency given it, which costs it nothing: the
+    entropy of the symbols, plus the bits below them. The header is compressed by zstd.
+    """
+
+    name = "floor (entropy, not a file)"
+
+    def pack(self, pair: Pair, folder: Path) -> int:
+        planes = registry.by_name("planes")
+        bits = 0.0
+        for tensor in matched_tensors(pair):
+            chunks = tensor.chunks(Codec.CHUNK_NBYTES)
+            coded = [planes.encode(tensor.prediction(c), tensor.target[c], tensor.dtype, b"") for c in chunks]
+            best = 8.0 * sum(map(len, coded))
+            target, base = tensor.words()
+            if base is not None:
+                best = min(best, conditional_bits(target, base, tensor.dtype))
+            bits += best
+        return math.ceil(bits / 8) + _head_nbytes(pair)
+
+
+Words = npt.NDArray[np.unsignedinteger]
+
+
+def _head_nbytes(pair: Pair) -> int:
+    tuned, start, _ = read_safetensors(pair.tuned)
+    return len(zstandard.ZstdCompressor(level=3, write_checksum=False).compress(tuned[:start]))
+
+
+def ordered_difference(target: Words, base: Words, dtype: DType) -> tuple[npt.NDArray[np.bool_], Words]:
+    """Where target lies below base, and how many values of the type apart they are, by their order as numbers."""
+    word = dtype.word.type
+    top = word(1 << (8 * dtype.word_nbytes - 1))
+
+    def ordered(words: Words) -> Words:
+        if dtype.kind == "unsigned":
+            return words
+        if dtype.kind == "signed":
+            return words ^ top
+        return np.where(words & top, ~words, words | top)
+
+    a, b = ordered(target), ordered(base)
+    negative = a < b
+    return negative, np.where(negative, b - a, a - b)
+
+
+def bit_lengths(words: Words) -> npt.NDArray[np.int64]:
+    """The position of the highest bit that is set, counted from one; 0 for zero."""
+    lengths = np.zeros(words.shape, np.int64)
+    left = words.copy()
+    for step in (32, 16, 8, 4, 2, 1):
+        if step < 8 * words.itemsize:
+            large = left >> words.dtype.type(step) != 0
+            lengths += step * large
+            left = np.where(large, left >> words.dtype.type(step), left)
+    return lengths + (left != 0)
+
+
+def adaptive_bits(counts: npt.NDArray[np.int64], alphabet: int) -> float:
+    """The code length of a sequence with these counts, under a model that starts with one for each symbol.
+
+    A symbol's cost is the logarithm of its count until then over their sum, so the order of symbols does not matter:
+    log2((n + alphabet - 1)! / (alphabet - 1)! / product of counts!).
+    """
+    factorials = sum(math.lgamma(count + 1) for count in counts.tolist())
+    return (math.lgamma(int(counts.sum()) + alphabet) - math.lgamma(alphabet) - factorials) / math.log(2)
+
+
+def conditional_bits(target: Words, base: Words, dtype: DType) -> float:
+    """The entropy of the difference's symbols given the base's exponent, plus the raw bits below them.
+
+    A symbol is the zigzag difference where that is under 16, else 16 + 4 (bit length - 5) + its next two bits.
+    """
+    negative, magnitude = ordered_difference(target, base, dtype)
+    # Zigzag has one bit more than the word, which float64 and uint64 differences of models do not use.
+    wide = magnitude.astype(np.uint64)
+    zigzag = (wide << np.uint64(1)) - negative
+    lengths = bit_lengths(zigzag)
+    raw = np.maximum(lengths - 3, 0) * (zigzag >= 16)
+    next_bits = (zigzag >> raw.astype(np.uint64)) & np.uint64(3)
+    symbols = np.where(zigzag < 16, zigzag.astype(np.int64), 16 + 4 * (lengths - 5) + next_bits.astype(np.int64))
+    context = np.zeros(target.shape, np.int64)
+    if dtype.kind == "float":
+        mantissa = MANTISSA_BITS[dtype.name]
+        exponents = (1 << (8 * dtype.word_nbytes - 1 - mantissa)) - 1
+        context = (base >> dtype.word.type(mantissa)).astype(np.int64) & exponents
+    wide_alphabet = 16 + 4 * 60
+    _, pairs = np.unique(context * wide_alphabet + symbols, return_counts=True)
+    _, contexts = np.unique(context, return_counts=True)
+    entropy = float((contexts * np.log2(contexts)).sum() - (pairs * np.log2(pairs)).sum())
+    return entropy + float(raw.sum())
+
+
 class Hydrafs:
     """hydrafs' own commands, start of the program, SHA-256 and proof by reading back included."""
 
@@ -268,6 +468,7 @@ class Hydrafs:
         return (folder / "store" / f"{pair.tuned.name}.hydra").stat().st_size
 
     def unpack(self, pair: Pair, folder: Path) -> None:
+        (folder / "out").unlink(missing_ok=True)  # nothing is ever written over
         hydrafs("rehydrate", folder / "store" / f"{pair.tuned.name}.hydra", "--output", folder / "out")
 
     def check(self, pair: Pair, folder: Path) -> int:
@@ -277,7 +478,8 @@ class Hydrafs:
 class Codec:
     """One of hydrafs' codecs alone, in this process: tensor against same-named tensor, in chunks of 1 MiB.
 
-    No hashing, no file, no proof: what the codec itself costs and gives.
+    Tables are trained on all chunks of a tensor and counted. No hashing, no file, no proof: what the codec itself
+    costs and gives.
     """
 
     CHUNK_NBYTES = 1 << 20
@@ -286,38 +488,68 @@ class Codec:
     def __init__(self, codec_name: str) -> None:
         self.name = f"hydrafs codec {codec_name} alone"
         self._codec = registry.by_name(codec_name)
-        self._payloads: list[bytes] = []
+        self._payloads: list[tuple[bytes, list[bytes]]] = []
         self._result: Bytes = np.empty(0, np.uint8)
 
     def absent(self) -> str:
         return ""
 
-    def _chunks(self, pair: Pair) -> Iterator[tuple[Bytes | None, slice, Bytes, DType]]:
-        """Of every chunk: the prediction, where it lies in the file, the whole file, the element type."""
-        base, _, base_tensors = read_safetensors(pair.base)
-        tuned, start, tensors = read_safetensors(pair.tuned)
-        self._result = np.empty_like(tuned)
-        self._result[:start] = tuned[:start]
-        for name, tensor in tensors.items():
-            other = base_tensors.get(name)
-            same = other is not None and other.end - other.start == tensor.end - tensor.start
-            for at in range(0, tensor.end - tensor.start, self.CHUNK_NBYTES):
-                end = min(at + self.CHUNK_NBYTES, tensor.end - tensor.start)
-                prediction = base[other.start + at : other.start + end] if other and same else None
-                yield prediction, slice(tensor.start + at, tensor.start + end), tuned, DTYPES[tensor.dtype]
-
     def pack(self, pair: Pair, folder: Path) -> int:
         self._payloads = []
-        for prediction, where, tuned, dtype in self._chunks(pair):
-            self._payloads.append(self._codec.encode(prediction, tuned[where], dtype, b""))
-        return sum(map(len, self._payloads))
+        for tensor in matched_tensors(pair):
+            chunks = [(tensor.prediction(at), tensor.target[at]) for at in tensor.chunks(self.CHUNK_NBYTES)]
+            params = self._codec.train(chunks, tensor.dtype)
+            payloads = [self._codec.encode(*chunk, tensor.dtype, params) for chunk in chunks]
+            self._payloads.append((params, payloads))
+        return sum(len(params) + sum(map(len, payloads)) for params, payloads in self._payloads)
 
     def unpack(self, pair: Pair, folder: Path) -> None:
-        for payload, (prediction, where, _, dtype) in zip(self._payloads, self._chunks(pair), strict=True):
-            self._codec.decode_into(prediction, payload, self._result[where], dtype, b"")
+        tuned, start, _ = read_safetensors(pair.tuned)
+        self._result = np.empty_like(tuned)
+        self._result[:start] = tuned[:start]
+        for (params, payloads), tensor in zip(self._payloads, matched_tensors(pair), strict=True):
+            out = self._result[tensor.start : tensor.start + tensor.target.size]
+            for payload, at in zip(payloads, tensor.chunks(self.CHUNK_NBYTES), strict=True):
+                self._codec.decode_into(tensor.prediction(at), payload, out[at], tensor.dtype, params)
 
     def check(self, pair: Pair, folder: Path) -> int:
         return _wrong_bytes(self._result, pair.tuned.read_bytes())
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """A tensor of a fine-tune, and the bytes of the same-named one of its base where that is as large."""
+
+    start: int
+    target: Bytes
+    base: Bytes | None
+    dtype: DType
+
+    def chunks(self, nbytes: int) -> list[slice]:
+        """Where the tensor's chunks lie in it."""
+        return [slice(at, min(at + nbytes, self.target.size)) for at in range(0, self.target.size, nbytes)]
+
+    def prediction(self, at: slice) -> Bytes | None:
+        """The base's bytes there."""
+        return None if self.base is None else self.base[at]
+
+    def words(self) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.unsignedinteger] | None]:
+        """Target and base as words, copied where they lie oddly."""
+        whole = Tensor(0, self.target.size, self.dtype.name)
+        return _words(self.target, whole), None if self.base is None else _words(self.base, whole)
+
+
+def matched_tensors(pair: Pair) -> Iterator[Matched]:
+    """The tensors of the fine-tune that hold anything, as they lie in the file."""
+    base, _, base_tensors = read_safetensors(pair.base)
+    tuned, _, tensors = read_safetensors(pair.tuned)
+    for name, tensor in tensors.items():
+        if tensor.end == tensor.start:
+            continue
+        other = base_tensors.get(name)
+        same = other is not None and (other.end - other.start, other.dtype) == (tensor.end - tensor.start, tensor.dtype)
+        known = base[other.start : other.end] if other and same else None
+        yield Matched(tensor.start, tuned[tensor.start : tensor.end], known, DTYPES[tensor.dtype])
 
 
 def all_peers() -> list[Peer]:
@@ -337,9 +569,13 @@ def all_peers() -> list[Peer]:
         ),
         ZipNN(xor=False),
         ZipNN(xor=True),
+        OpenZL(xor=False),
+        OpenZL(xor=True),
         SeedMethod(),
+        FMDelta(),
         XorPlanes(),
         *(Codec(name) for name in registry.names() if name not in Codec.NO_DELTA),
+        Floor(),
         Hydrafs(),
     ]
 
