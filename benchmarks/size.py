@@ -37,8 +37,8 @@ QUICK_SECONDS = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One method on one pair. Speeds are in MB of model per CPU second, none for computed sizes; ``wrong`` counts what came
-    back changed."""
+    """One method on one pair. Speeds are in MB of model per CPU second, none for computed sizes; ``wrong`` counts what
+    came back changed."""
 
     method: str
     case: str
