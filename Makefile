@@ -11,7 +11,7 @@ MOUNTPOINT ?=
 ARGS ?=
 export STORE MOUNTPOINT
 
-.PHONY: help mount umount test test-all lint bench bench-size bench-read bench-list setup-example setup-test setup-bench clean
+.PHONY: help mount umount test test-all lint bench bench-size bench-codec bench-read bench-list setup-example setup-test setup-bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,10 +46,13 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-size bench-read bench-list ## all three tables of benchmarks/README.md
+bench: bench-size bench-codec bench-read bench-list ## all four tables of benchmarks/README.md
 
 bench-size: setup-bench ## stored bytes and speed of each codec, against its peers
 	$(BIN)/python -m benchmarks.size $(ARGS)
+
+bench-codec: setup-bench ## decoding and encoding speed of rans, by each decoder
+	$(BIN)/python -m benchmarks.codec $(ARGS)
 
 bench-read: setup-bench ## reading through the mount, against the plain file
 	$(BIN)/python -m benchmarks.read $(ARGS)
