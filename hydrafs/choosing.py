@@ -7,6 +7,7 @@ both.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +19,7 @@ from hydrafs.codecs import Words, rans, registry
 from hydrafs.dtypes import DTYPES
 from hydrafs.errors import UsageError
 from hydrafs.layout import ByteSource
-from hydrafs.manifest import Section
+from hydrafs.manifest import FORMULA_FEATURE, PREDICTION_FORMULA, Manifest, Section
 from hydrafs.plan import Plan
 from hydrafs.prediction import Predictor
 
@@ -51,9 +52,12 @@ def codecs_for(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def features_of(sections: Sequence[Section]) -> tuple[str, ...]:
-    """What a reader must know to decode these sections."""
-    return tuple(sorted({f for f in (registry.feature(section.codec) for section in sections) if f}))
+def features_of(plan: Plan | Manifest) -> tuple[str, ...]:
+    """What a reader must know to decode a model that is stored so."""
+    features = {registry.feature(section.codec) for section in plan.sections}
+    if any(span.prediction == PREDICTION_FORMULA for span in plan.spans):
+        features.add(FORMULA_FEATURE)
+    return tuple(sorted(features - {""}))
 
 
 def choose_codecs(source: ByteSource, plan: Plan, predictor: Predictor, names: Sequence[str], *, jobs: int) -> Plan:
@@ -73,8 +77,8 @@ def choose_codecs(source: ByteSource, plan: Plan, predictor: Predictor, names: S
             for number, section in enumerate(plan.sections)
         ]
         chosen = [f.result() if f else (plan.sections[i], ()) for i, f in enumerate(futures)]
-    return Plan(
-        plan.spans, tuple(section for section, _ in chosen), plan.chunk_nbytes, tuple(others for _, others in chosen)
+    return dataclasses.replace(
+        plan, sections=tuple(section for section, _ in chosen), others=tuple(others for _, others in chosen)
     )
 
 

@@ -248,7 +248,7 @@ def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
 def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:
     """The manifest as it is known before the model has been read: all but its SHA-256."""
     return Manifest(
-        required=features_of(plan.sections),
+        required=features_of(plan),
         name=plain_text(Path(source.path).name),
         size=source.size,
         sha256=bytes(32),
@@ -261,6 +261,7 @@ def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[
         spans=plan.spans,
         metadata=layout.metadata,
         writer=f"hydrafs {__version__}",
+        formulas=plan.formulas,
     )
 
 

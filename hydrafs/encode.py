@@ -26,8 +26,8 @@ from hydrafs.dtypes import DTYPES
 from hydrafs.errors import Changing, ParentChanged
 from hydrafs.layout import ByteSource
 from hydrafs.manifest import (
-    PREDICTION_NONE,
     PREDICTION_SAME,
+    PREDICTION_TENSOR,
     SELF,
     Manifest,
     SpanRecord,
@@ -116,7 +116,7 @@ def _smaller(one: Coded, other: Coded) -> Coded:
 
 
 def _same_type(span: SpanRecord) -> bool:
-    return span.prediction != PREDICTION_NONE and not span.origin_dtype
+    return span.prediction in (PREDICTION_SAME, PREDICTION_TENSOR) and not span.origin_dtype
 
 
 def encode_model(
@@ -214,7 +214,7 @@ def predictor_for(source: ByteSource, plan: Plan, parents: Sequence[ByteSource],
             name = manifest.name if parent == SELF else manifest.parents[parent].name
             raise ParentChanged("a parent became shorter", where=name)
 
-    return Predictor(plan.spans, plan.sections, tabulate(manifest, manifest.name), read_parent)
+    return Predictor(plan.spans, plan.sections, tabulate(manifest, manifest.name), read_parent, plan.formulas)
 
 
 def estimate(

@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from hydrafs.codecs import registry
 from hydrafs.dtypes import DTYPES
-from hydrafs.errors import CorruptDiff, HydraError, UnsupportedDiff
+from hydrafs.errors import BadModel, CorruptDiff, HydraError, UnsupportedDiff
+from hydrafs.formulas import MAX_OPERANDS, Formula, operand_elements, result_dtype
 from hydrafs.predictors import NARROWINGS, castable
 
 PREDICTION_NONE = 0
@@ -27,12 +28,16 @@ PREDICTION_FORMULA = 3
 SELF = -1
 """The parent number that means the model itself (an EMA copy beside its live weights)."""
 
-KNOWN_FEATURES: frozenset[str] = frozenset(registry.FEATURES.values())
+FORMULA_FEATURE = "formula"
+"""What a diff requires of its reader where a span is predicted by a formula."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset({*registry.FEATURES.values(), FORMULA_FEATURE})
 """The features of later writers that this reader understands; version 1 itself needs none."""
 
 MAX_SPANS = 1_000_000
 MAX_PARENTS = 64
 MAX_CHUNKS = 1 << 22
+MAX_FORMULAS = 100_000
 _MAX_STRINGS = 10_000
 MIN_CHUNK_NBYTES = 4096
 MAX_CHUNK_NBYTES = 64 << 20
@@ -52,11 +57,22 @@ class Parent(msgspec.Struct, array_like=True, frozen=True):
     probe: int
 
 
+class Operand(msgspec.Struct, array_like=True, frozen=True):
+    """What a formula computes with: elements of type ``dtype`` from ``origin`` on in ``parent``, an index into the
+    parents."""
+
+    parent: int
+    origin: int
+    dtype: str
+
+
 class SpanRecord(msgspec.Struct, array_like=True, frozen=True):
     """One span of the model, in file order; its offset is the sum of the sizes before it.
 
     ``prediction`` is one of the ``PREDICTION_`` numbers; ``parent`` an index into the parents or ``SELF``, ``origin``
-    the offset in the parent of the predicting elements, ``origin_dtype`` their type (empty: the section's own).
+    the offset in the parent of the predicting elements, ``origin_dtype`` their type (empty: the section's own). For a
+    formula, ``formula`` is an index into the manifest's, ``operands`` what it computes with, and ``origin_dtype`` the
+    type of its result; ``parent`` and ``origin`` say nothing.
     """
 
     nbytes: int
@@ -68,6 +84,8 @@ class SpanRecord(msgspec.Struct, array_like=True, frozen=True):
     parent: int = 0
     origin: int = 0
     origin_dtype: str = ""
+    formula: int = 0
+    operands: tuple[Operand, ...] = ()
 
 
 class Section(msgspec.Struct, array_like=True, frozen=True):
@@ -96,6 +114,7 @@ class Manifest(msgspec.Struct, array_like=True, frozen=True):
     spans: tuple[SpanRecord, ...]
     metadata: tuple[tuple[str, str], ...] = ()
     writer: str = ""
+    formulas: tuple[Formula, ...] = ()
 
 
 class _Outline(msgspec.Struct, array_like=True):
@@ -113,6 +132,8 @@ class _Outline(msgspec.Struct, array_like=True):
     sections: msgspec.Raw
     spans: msgspec.Raw
     metadata: msgspec.Raw = msgspec.Raw(b"\x90")
+    writer: str = ""
+    formulas: msgspec.Raw = msgspec.Raw(b"\x90")
 
 
 class _Required(msgspec.Struct, array_like=True):
@@ -144,6 +165,7 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         _bound(outline.sections, MAX_SPANS, "sections", where)
         _bound(outline.spans, MAX_SPANS, "spans", where)
         _bound(outline.metadata, _MAX_STRINGS, "strings", where)
+        _bound(outline.formulas, MAX_FORMULAS, "formulas", where)
         return msgspec.msgpack.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptDiff("the manifest of a diff cannot be read", where=where, detail=str(error)) from None
@@ -241,7 +263,9 @@ def tabulate(manifest: Manifest, where: str) -> SpanTable:
 
 def _check_predictions(manifest: Manifest, table: SpanTable, where: str, check: Callable[[bool, str], None]) -> None:
     spans, sections = manifest.spans, manifest.sections
-    predicts_itself = np.array([s.prediction != PREDICTION_NONE and s.parent == SELF for s in spans], dtype=bool)
+    predicts_itself = np.array(
+        [s.prediction in (PREDICTION_SAME, PREDICTION_TENSOR) and s.parent == SELF for s in spans], dtype=bool
+    )
     # One step only: what predicts must not itself be predicted from this model. Chunks are decoded whole, so nothing
     # that shares a section with such a span may predict either. Counted up, so that a range is asked in one step.
     tainted = np.array([bool(predicts_itself[members].any()) for members in table.section_spans], dtype=bool)
@@ -253,6 +277,9 @@ def _check_predictions(manifest: Manifest, table: SpanTable, where: str, check: 
         itemsize = DTYPES[section.dtype].nbytes if section.dtype else 1
         check(span.nbytes % itemsize == 0, f"span {number} is no whole number of elements")
         if span.prediction == PREDICTION_NONE:
+            continue
+        if span.prediction == PREDICTION_FORMULA:
+            _check_formula(manifest, span, f"span {number}", check)
             continue
         if span.prediction not in (PREDICTION_SAME, PREDICTION_TENSOR):
             raise UnsupportedDiff(
@@ -275,6 +302,28 @@ def _check_predictions(manifest: Manifest, table: SpanTable, where: str, check: 
                 check(False, f"span {number} is predicted by what it predicts")
 
 
+def _check_formula(manifest: Manifest, span: SpanRecord, name: str, check: Callable[[bool, str], None]) -> None:
+    section = manifest.sections[span.section]
+    check(bool(section.dtype), f"{name} is literal and computed")
+    check(0 <= span.formula < len(manifest.formulas), f"{name} is computed by formula {span.formula}")
+    check(0 < len(span.operands) <= MAX_OPERANDS, f"{name} is computed from {len(span.operands)} operands")
+    check(all(0 <= o.parent < len(manifest.parents) and o.dtype in DTYPES for o in span.operands), f"{name}'s operands")
+    formula = manifest.formulas[span.formula]
+    try:
+        result = result_dtype(formula, [o.dtype for o in span.operands])
+        counts = operand_elements(formula, len(span.operands), span.nbytes // DTYPES[section.dtype].nbytes)
+    except BadModel as error:
+        check(False, f"{name}: {error.detail}")
+        return
+    check(result == (span.origin_dtype or section.dtype), f"{name} is computed as {result}")
+    for coded in filter(None, (section.dtype, section.narrow)):
+        check(castable(DTYPES[result], DTYPES[coded]), f"{result} predicts {coded}")
+    for operand, count in zip(span.operands, counts, strict=True):
+        end = operand.origin + count * DTYPES[operand.dtype].nbytes
+        inside = 0 <= operand.origin <= end <= manifest.parents[operand.parent].size
+        check(inside, f"{name} is computed from outside its parent")
+
+
 def origin_nbytes(span: SpanRecord, section: Section) -> int:
     """How many bytes of the parent predict the whole span."""
     if not span.origin_dtype:
@@ -284,10 +333,18 @@ def origin_nbytes(span: SpanRecord, section: Section) -> int:
 
 def parents_used(manifest: Manifest) -> set[int]:
     """The numbers of the parents that at least one span is predicted from."""
-    return {s.parent for s in manifest.spans if s.prediction != PREDICTION_NONE and s.parent != SELF}
+    return {parent for span in manifest.spans for parent in parents_of(span)}
+
+
+def parents_of(span: SpanRecord) -> set[int]:
+    """The numbers of the parents that predict a span."""
+    if span.prediction == PREDICTION_FORMULA:
+        return {operand.parent for operand in span.operands}
+    return {span.parent} if span.prediction != PREDICTION_NONE and span.parent != SELF else set()
 
 
 __all__ = [
+    "FORMULA_FEATURE",
     "PREDICTION_FORMULA",
     "PREDICTION_NONE",
     "PREDICTION_SAME",
@@ -295,6 +352,7 @@ __all__ = [
     "SELF",
     "HydraError",
     "Manifest",
+    "Operand",
     "Parent",
     "Section",
     "SpanRecord",
@@ -302,6 +360,7 @@ __all__ = [
     "decode_manifest",
     "encode_manifest",
     "origin_nbytes",
+    "parents_of",
     "parents_used",
     "tabulate",
 ]

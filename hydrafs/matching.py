@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from hydrafs.catalog import ModelFacts, TensorFacts
 from hydrafs.dtypes import DTYPES
 from hydrafs.fingerprint import REAL, UNRELATED, distances
-from hydrafs.manifest import SELF
+from hydrafs.formulas import Formula
+from hydrafs.manifest import SELF, Operand
 from hydrafs.predictors import castable
 
 GOOD = 4.0
@@ -57,6 +58,15 @@ class Match:
     count: int
     how: str
     distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A tensor that a formula predicts whole, from ``operands`` in the parents; ``dtype`` is its result's type."""
+
+    formula: Formula
+    operands: tuple[Operand, ...]
+    dtype: str
 
 
 def stripped(name: str) -> str:

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from hydrafs import predictors
 from hydrafs.dtypes import BYTES, DTYPES, DType
-from hydrafs.manifest import PREDICTION_NONE, Section, SpanRecord, SpanTable
+from hydrafs.formulas import Formula, evaluate
+from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, Section, SpanRecord, SpanTable
 
 Bytes = npt.NDArray[np.uint8]
 ReadParent = Callable[[int, int, memoryview], None]
@@ -35,6 +36,7 @@ class Predictor:
     sections: Sequence[Section]
     table: SpanTable
     read_parent: ReadParent
+    formulas: Sequence[Formula] = ()
 
     def dtype(self, section: int) -> DType:
         """The element type of a section; bytes for literals."""
@@ -73,6 +75,10 @@ class Predictor:
             if span.prediction == PREDICTION_NONE:
                 into[:] = 0
                 continue
+            if span.prediction == PREDICTION_FORMULA:
+                computed, name = self._compute(span, piece.inside // dtype.nbytes, count)
+                into[:] = predictors.cast(computed, DTYPES[name], coded)
+                continue
             origin = DTYPES[span.origin_dtype] if span.origin_dtype else dtype
             offset = span.origin + piece.inside // dtype.nbytes * origin.nbytes
             if origin is coded:
@@ -82,3 +88,16 @@ class Predictor:
             self.read_parent(span.parent, offset, memoryview(raw))
             into[:] = predictors.cast(raw, origin, coded)
         return result
+
+    def _compute(self, span: SpanRecord, first: int, count: int) -> tuple[Bytes, str]:
+        """Elements ``[first, first + count)`` of a span that a formula predicts, and their type."""
+        dtypes = [operand.dtype for operand in span.operands]
+
+        def read(index: int, start: int, elements: int) -> Bytes:
+            operand = span.operands[index]
+            nbytes = DTYPES[operand.dtype].nbytes
+            raw = np.empty(elements * nbytes, dtype=np.uint8)
+            self.read_parent(operand.parent, operand.origin + start * nbytes, memoryview(raw))
+            return raw
+
+        return evaluate(self.formulas[span.formula], dtypes, read, first, count)

@@ -24,7 +24,7 @@ from hydrafs.diff import FLAG_NARROWED, FLAG_UNPREDICTED, DiffFile
 from hydrafs.dtypes import DTYPES
 from hydrafs.errors import CorruptChunk, HydraError, ParentChanged
 from hydrafs.layout import ByteSource
-from hydrafs.manifest import PREDICTION_NONE, PREDICTION_SAME, SELF
+from hydrafs.manifest import PREDICTION_SAME, SELF, parents_of
 from hydrafs.prediction import Predictor
 
 
@@ -59,7 +59,7 @@ class Rehydrated:
         self._key: Hashable = diff.identity
         self._chunk_nbytes = manifest.chunk_nbytes
         table = diff.table
-        self._predictor = Predictor(manifest.spans, manifest.sections, table, self._read_parent)
+        self._predictor = Predictor(manifest.spans, manifest.sections, table, self._read_parent, manifest.formulas)
         # Plain lists, as in DiffFile: these are looked up one by one.
         self._offsets: list[int] = table.offsets.tolist()
         self._in_section: list[int] = table.in_section.tolist()
@@ -211,9 +211,9 @@ class Rehydrated:
         names = [s.name for s in spans if s.name][:2]
         inside = f" (in {', '.join(names)})" if names else ""
         unproven = [
-            self._parents[s.parent].name
-            for s in spans
-            if s.prediction != PREDICTION_NONE and s.parent != SELF and not self._parents[s.parent].proven()
+            self._parents[number].name
+            for number in sorted({parent for span in spans for parent in parents_of(span)})
+            if not self._parents[number].proven()
         ]
         if unproven:
             return ParentChanged(

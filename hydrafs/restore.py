@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from hydrafs.cache import ChunkCache
+from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
 from hydrafs.diff import DiffWriter
 from hydrafs.encode import encode_model
@@ -142,10 +143,16 @@ def uncompress(store: Store, entry: ModelEntry, *, jobs: int, progress: Progress
             ),
             tuple(msgspec.structs.replace(s, codec=raw, params=b"", narrow="") for s in manifest.sections),
             manifest.chunk_nbytes,
+            formulas=manifest.formulas,
         )
         trailer = model.diff.trailer
         changed = msgspec.structs.replace(
-            manifest, spans=plan.spans, sections=plan.sections, mode=trailer.mode, mtime_ns=trailer.mtime_ns
+            manifest,
+            required=features_of(plan),
+            spans=plan.spans,
+            sections=plan.sections,
+            mode=trailer.mode,
+            mtime_ns=trailer.mtime_ns,
         )
         _check_space(entry.path.parent, model.size, entry.path)
         with TemporaryFile(entry.path.parent) as temporary:

@@ -1020,7 +1020,7 @@ def test_the_manifest_says_what_the_model_was(filled: Filled) -> None:
     assert (manifest.mode, manifest.mtime_ns, manifest.container) == (before.st_mode, before.st_mtime_ns, "safetensors")
     assert dict(manifest.metadata).get("format") == "pt"
     assert manifest.writer.startswith("hydrafs ")
-    assert manifest.required == features_of(manifest.sections)
+    assert manifest.required == features_of(manifest)
     assert msgspec.structs.asdict(manifest.parents[0])["size"] == filled.base.stat().st_size
     assert set(spans_by_name(filled.tuned)) == set(torch_names(filled))
 

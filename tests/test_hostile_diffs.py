@@ -32,7 +32,8 @@ from hydrafs.errors import (
     ParentUnavailable,
     UnsupportedDiff,
 )
-from hydrafs.manifest import Manifest, Parent, Section, SpanRecord
+from hydrafs.formulas import Formula, Step, cast, get, scale
+from hydrafs.manifest import PREDICTION_FORMULA, Manifest, Operand, Parent, Section, SpanRecord
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.store import Store, trailer_of
 
@@ -195,7 +196,35 @@ HUGE = 1 << 60
 F32 = Section("F32", PLANES)
 PARENT = Parent(b"p" * 32, 8192, "parent.bin", 0)
 
+
+def computed(steps: Sequence[Step], *operands: Operand, nbytes: int = 8, formula: int = 0, **more: object) -> Manifest:
+    """A model of one tensor that a formula predicts."""
+    span = SpanRecord(nbytes, 0, prediction=PREDICTION_FORMULA, formula=formula, operands=operands)
+    more = {"parents": (PARENT,), "formulas": (Formula("hostile", tuple(steps)),), **more}
+    return msgspec.structs.replace(manifest_of([span], [HALVES]), **more)
+
+
+HALF = Operand(0, 0, "F16")
+
 CONTRADICTIONS: dict[str, Manifest] = {
+    "no such formula": computed([get(0)], HALF, formula=1),
+    "a negative formula": computed([get(0)], HALF, formula=-1),
+    "a formula of nothing": computed([get(0)]),
+    "a formula of too much": computed([get(0)], *[HALF] * 9),
+    "a formula without steps": computed([], HALF),
+    "a formula of endless steps": computed([get(0), *[scale(1.0)] * 100_000], HALF),
+    "a formula with an unknown step": computed([get(0), Step("system")], HALF),
+    "a formula that divides by zero": computed([get(0), Step("divide")], HALF),
+    "a formula that leaves nothing": computed([get(0), get(0)], HALF),
+    "a formula of another type": computed([get(0), cast("F32")], HALF),
+    "a formula of an unknown type": computed([get(0)], Operand(0, 0, "F17")),
+    "a formula of no parent": computed([get(0)], Operand(1, 0, "F16")),
+    "a formula of the model itself": computed([get(0)], Operand(-1, 0, "F16")),
+    "a formula from before a parent": computed([get(0)], Operand(0, -2, "F16")),
+    "a formula from behind a parent": computed([get(0)], Operand(0, 8186, "F16")),
+    "a product from behind a parent": computed([Step("product", 0.0, 0, "", 4096, 4), cast("F16")], HALF, HALF),
+    "a product of broken rows": computed([Step("product", 0.0, 0, "", 1, 3), cast("F16")], HALF, HALF),
+    "a computed literal": computed([get(0)], HALF, sections=(Section("", RAW),)),
     "spans too short": manifest_of([SpanRecord(10, 0)], [LITERAL], 11),
     "spans too long": manifest_of([SpanRecord(10, 0)], [LITERAL], 9),
     "no spans": manifest_of([], [LITERAL], 10),
@@ -373,7 +402,7 @@ def test_an_unknown_feature_is_refused_by_name(store: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("prediction", [3, 4, 1000])
+@pytest.mark.parametrize("prediction", [4, 5, 1000])
 def test_an_unknown_prediction_is_refused_at_open(store: Path, prediction: int) -> None:
     manifest = manifest_of([SpanRecord(8, 0, prediction=prediction)], [HALVES], parents=(PARENT,))
     with pytest.raises(UnsupportedDiff, match=f"prediction {prediction}"):

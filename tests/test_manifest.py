@@ -124,9 +124,10 @@ def test_the_fields_stand_in_the_order_of_the_format() -> None:
         4096,
         [[SHA256, 1 << 40, "a/b.ckpt", (1 << 64) - 1]],
         [["F16", 3, "", b"p"]],
-        [[8, 0, "w", [2, 2], ["tied"], 2, -1, 8, "F32"]],
+        [[8, 0, "w", [2, 2], ["tied"], 2, -1, 8, "F32", 0, []]],
         [["format", "pt"]],
         "w 1",
+        [],
     ]
 
 
