@@ -118,12 +118,12 @@ def dehydrate(
             )
         matches = match(facts, [c.facts for c in choice.parents])
         entries, matches = _only_used([c.entry for c in choice.parents], matches)
-        parents = [_parent(store, entry, report) for entry in entries]
+        parents = [parent_record(store, entry, report) for entry in entries]
         opened: list[FileSource | Rehydrated] = []
         try:
             opened.extend(opener.open(entry) for entry in entries)
             _check_chain(source, opened)
-            _hold(opened)
+            hold(opened)
             raw = options.codec == "raw"
             plan = make_plan(
                 source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec="raw" if raw else "planes"
@@ -137,7 +137,7 @@ def dehydrate(
             if not raw and share > 0.98:
                 return _left_alone(model, source.size, round(share * source.size), choice.reasons)
             _check_space(folder, share * source.size, model)
-            with TemporaryFile(folder) as temporary, _disk_errors(target):
+            with TemporaryFile(folder) as temporary, disk_errors(target):
                 manifest = encode_model(
                     source,
                     plan,
@@ -225,7 +225,13 @@ def _only_used(entries: list[ModelEntry], matches: list[Match | None]) -> tuple[
     return [entries[i] for i in used], renumbered
 
 
-def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
+def parent_record(store: Store, entry: ModelEntry, report: Progress) -> Parent:
+    """What a diff says of a parent. Takes its SHA-256 where the catalog does not know it (stage ``hash``).
+
+    Raises:
+        Changing: it was written to meanwhile.
+        HydraError: it cannot be read.
+    """
     name = plain_text(store.relative(entry.path.with_name(Path(entry.name).name)))
     if entry.is_diff:
         trailer = trailer_of(entry.path)
@@ -319,7 +325,8 @@ def _check_space(folder: Path, nbytes: float, model: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
+def disk_errors(target: Path) -> Iterator[None]:
+    """Errors of the operating system while ``target`` is written, as ours."""
     try:
         yield
     except OSError as error:
@@ -362,7 +369,7 @@ def _plain_files(opened: Sequence[FileSource | Rehydrated]) -> list[FileSource]:
     return found
 
 
-def _hold(opened: Sequence[FileSource | Rehydrated]) -> None:
+def hold(opened: Sequence[FileSource | Rehydrated]) -> None:
     """Keep other processes from removing the parents' originals while they are parents here (``_may_go``)."""
     for file in _plain_files(opened):
         with contextlib.suppress(OSError):  # a filesystem without locks, or a lock that is held: see _may_go

@@ -8,6 +8,7 @@ Rule 3: layouts are frozen; whoever makes one proves rules 1 and 2 by making it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -165,15 +166,39 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class View:
+    """A tensor as a program that loads the model gets it: contiguous elements of ``dtype`` from ``offset`` on in the
+    file. Several may lie in one span (tied weights, views of a storage), and an empty one in none."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes it takes."""
+        return self.elements * DTYPES[self.dtype].nbytes
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """A parsed model: ``spans`` cover ``[0, size)``. ``container`` is the format's name (``safetensors``,
     ``torch-zip``, ``torch-legacy``, ``opaque``). ``metadata`` holds the few strings a container
-    carries for its readers (bounded)."""
+    carries for its readers (bounded). ``views``: the tensors that lie in the spans as they are, in the container's
+    order; ``strided``: the names of those that do not (transposed, expanded, of unknown type)."""
 
     container: str
     size: int
     spans: tuple[Span, ...]
     metadata: tuple[tuple[str, str], ...] = ()
+    views: tuple[View, ...] = ()
+    strided: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         position = 0
@@ -195,7 +220,14 @@ def plain_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def cover(container: str, size: int, numbers: Iterable[Span], metadata: Iterable[tuple[str, str]] = ()) -> Layout:
+def cover(
+    container: str,
+    size: int,
+    numbers: Iterable[Span],
+    metadata: Iterable[tuple[str, str]] = (),
+    views: Iterable[View] = (),
+    strided: Iterable[str] = (),
+) -> Layout:
     """A layout from the spans that are numbers: what lies between them becomes literal.
 
     Empty spans are left out. A span that overlaps an earlier one or leaves the file is dropped, so its bytes are
@@ -213,7 +245,8 @@ def cover(container: str, size: int, numbers: Iterable[Span], metadata: Iterable
     if position < size:
         spans.append(Span(position, size - position))
     plain = ((plain_text(key), plain_text(value)) for key, value in metadata)
-    return Layout(container, size, tuple(spans), tuple(plain))
+    named = (replace(view, name=plain_text(view.name)) for view in views if view.offset + view.nbytes <= size)
+    return Layout(container, size, tuple(spans), tuple(plain), tuple(named), tuple(map(plain_text, strided)))
 
 
 def _named_plainly(span: Span) -> Span:

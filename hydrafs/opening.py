@@ -116,7 +116,8 @@ class Opener:
                 continue
             if opened:
                 return opened
-            changed = changed or path
+            if path.name == Path(parent.name).name:  # others were only looked at for their size
+                changed = changed or path
         digest = parent.sha256.hex()
         if changed is not None:
             raise ParentChanged(

@@ -17,13 +17,16 @@ from hydrafs.version import __version__
 
 _COMMANDS = {
     "bases": "What can serve as a base, and who depends on it.",
+    "convert": "Make a model with another VAE, without EMA, or in another precision.",
     "dehydrate": "Turn models into small diffs, each proved before its original goes.",
     "doctor": "What this machine has of what hydrafs needs, and what to do.",
     "info": "What a model is made of, per tensor.",
     "ls": "What a store holds, at what cost, against what.",
+    "merge": "Make a model out of two or three others.",
     "mount": "Show a store as the full files that it stands for.",
-    "rehydrate": "Write a dehydrated model as a full file.",
+    "rehydrate": "Write a dehydrated model as a full file, or a stronger one.",
     "umount": "Take a mount down.",
+    "unmerge": "Make the other model of a merge, given one.",
     "uncompress": "Recode a diff without compression, for the fastest reads.",
     "verify": "Decode everything and compare SHA-256.",
 }

@@ -15,7 +15,7 @@ import msgspec
 from hydrafs.containers.tensor_names import Naming
 from hydrafs.dtypes import BYTES, DTYPES
 from hydrafs.errors import BadModel
-from hydrafs.layout import ByteSource, Layout, Span, cover
+from hydrafs.layout import ByteSource, Layout, Span, View, cover
 
 CONTAINER = "safetensors"
 MAX_HEADER_NBYTES = 100_000_000
@@ -64,15 +64,27 @@ def parse(source: ByteSource) -> Layout:
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise BadModel("a safetensors header is damaged", detail=str(error)[:200]) from error
     naming = Naming()
-    spans = (_span(naming, name, entry, 8 + header_nbytes) for name, entry in tensors)
-    return cover(CONTAINER, size, (span for span in spans if span is not None), metadata)
+    spans: list[Span] = []
+    views: list[View] = []
+    strided: list[str] = []
+    for name, entry in tensors:
+        span = _span(naming, name, entry, 8 + header_nbytes)
+        if span is None:
+            continue
+        if span.nbytes:
+            spans.append(span)
+        if entry.dtype in DTYPES:
+            views.append(View(span.name, span.dtype, span.shape, span.offset))
+        else:
+            strided.append(span.name)
+    return cover(CONTAINER, size, spans, metadata, views, strided)
 
 
 def _span(naming: Naming, name: str, entry: _Entry, data_offset: int) -> Span | None:
     """The numbers of one entry; ``None`` where its parts contradict each other."""
     begin, end = entry.data_offsets
     shape = entry.shape
-    if not 0 <= begin < end or len(shape) > MAX_DIMENSIONS or any(not 0 <= n < 1 << 63 for n in shape):
+    if not 0 <= begin <= end or len(shape) > MAX_DIMENSIONS or any(not 0 <= n < 1 << 63 for n in shape):
         return None
     dtype = DTYPES.get(entry.dtype)
     if dtype is None:

@@ -90,8 +90,11 @@ class Tensor:
 
     def fills(self, numel: int) -> bool:
         """Whether the tensor is its storage of ``numel`` elements, from first to last, in order."""
-        if self.offset or math.prod(self.shape) != numel:
-            return False
+        return not self.offset and math.prod(self.shape) == numel and self.is_contiguous
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements stand one behind the other, in order."""
         step = 1
         for extent, stride in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if extent != 1 and stride != step:

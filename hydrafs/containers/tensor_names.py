@@ -8,10 +8,11 @@ that the names are those of the same weights in a safetensors file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hydrafs.containers.symbols import Storage, Tensor, Thing
 from hydrafs.dtypes import BYTES, DTYPES
+from hydrafs.layout import View
 
 MAX_NAME_LENGTH = 4096
 MAX_NAMES_LENGTH = 1 << 25
@@ -28,7 +29,7 @@ class Naming:
     """Gives out names that are unique, clean and bounded in all. Thread safety: one user."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = set()
+        self._taken: dict[str, int] = {}
         self._copies: dict[str, int] = {}
         self._length = 0
 
@@ -51,23 +52,37 @@ class Naming:
             self._copies[stem] = self._copies.get(stem, 1) + 1
             name = f"{stem}#{self._copies[stem]}"
         self._length += len(name)
-        self._taken.add(name)
+        self._taken[name] = len(self._taken)
         return name
+
+    def place(self, name: str) -> int:
+        """How many names were given out before this one."""
+        return self._taken[name]
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of one storage: an element type, the length in bytes (``None``: all there is), names and shape."""
+    """What is known of one storage: an element type, the length in bytes (``None``: all there is), names and shape.
+
+    ``views``: its tensors, with their place in the storage as offset; ``strided``: the names of those that are not
+    contiguous in it, or of a type unknown here."""
 
     dtype: str
     nbytes: int | None
     name: str
     shape: tuple[int, ...]
     aliases: tuple[str, ...]
+    views: tuple[View, ...] = ()
+    strided: tuple[str, ...] = ()
+
+    def views_at(self, offset: int) -> list[View]:
+        """Its tensors where the storage stands at ``offset`` in the file."""
+        return [replace(view, offset=offset + view.offset) for view in self.views]
 
     def as_bytes(self, nbytes: int) -> Known:
         """The same storage as ``nbytes`` plain bytes."""
-        return Known(BYTES.name, nbytes, self.name, (nbytes,), self.aliases)
+        strided = (*(view.name for view in self.views), *self.strided)
+        return Known(BYTES.name, nbytes, self.name, (nbytes,), self.aliases, (), strided)
 
 
 class _Place:
@@ -91,6 +106,7 @@ def describe(root: object, storages: dict[str, Storage], naming: Naming, prefix:
     """
     views: dict[str, list[Tensor]] = {}
     names: dict[str, list[str]] = {}
+    named: dict[str, list[tuple[str, Tensor]]] = {}
     for place, tensor in _tensors(root):
         key = tensor.storage.key
         views.setdefault(key, []).append(tensor)
@@ -98,15 +114,16 @@ def describe(root: object, storages: dict[str, Storage], naming: Naming, prefix:
             short = path.removeprefix(_TOP + ".")
             if name := naming.unique(prefix + short, prefix + path):
                 names.setdefault(key, []).append(name)
+                named.setdefault(key, []).append((name, tensor))
     known = {}
     for key, storage in storages.items():
         if storage.consistent:
-            named = names.get(key) or [naming.unique(f"{prefix}storage/{key}")]
-            known[key] = _known(storage, views.get(key, []), named)
+            given = names.get(key) or [naming.unique(f"{prefix}storage/{key}")]
+            known[key] = _known(storage, views.get(key, []), given, named.get(key, []))
     return known
 
 
-def _known(storage: Storage, views: list[Tensor], names: list[str]) -> Known:
+def _known(storage: Storage, views: list[Tensor], names: list[str], named: list[tuple[str, Tensor]]) -> Known:
     name, aliases = names[0], tuple(names[1:])
     if storage.element_nbytes == 0:
         return Known(BYTES.name, None, name, (), aliases)
@@ -119,7 +136,17 @@ def _known(storage: Storage, views: list[Tensor], names: list[str]) -> Known:
             dtype = BYTES
     numel = nbytes // dtype.nbytes
     whole = bool(views) and views[0].fills(numel)
-    return Known(dtype.name, nbytes, name, views[0].shape if whole else (numel,), aliases)
+    tensors, strided = [], []
+    for tensor_name, tensor in named:
+        own = DTYPES.get(tensor.dtype) or storage.dtype
+        view = View(tensor_name, own.name, tensor.shape, tensor.offset * own.nbytes) if own else None
+        sane = view is not None and min(view.offset, 0, *view.shape) == 0 and view.offset + view.nbytes <= nbytes
+        if view and sane and tensor.is_contiguous:
+            tensors.append(view)
+        else:
+            strided.append(tensor_name)
+    shape = views[0].shape if whole else (numel,)
+    return Known(dtype.name, nbytes, name, shape, aliases, tuple(tensors), tuple(strided))
 
 
 def _tensors(root: object) -> list[tuple[_Place, Tensor]]:

@@ -13,7 +13,7 @@ from hydrafs.containers import cursor, pickle_walk
 from hydrafs.containers.symbols import Storage, Thing
 from hydrafs.containers.tensor_names import MIN_UNKNOWN_NBYTES, Naming, describe
 from hydrafs.errors import BadModel
-from hydrafs.layout import ByteSource, Layout, Span, cover
+from hydrafs.layout import ByteSource, Layout, Span, View, cover
 
 CONTAINER = "torch-legacy"
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -45,8 +45,11 @@ def parse(source: ByteSource) -> Layout:
     keys = pickle_walk.walk(reader, nothing)
     if not isinstance(keys, list):
         raise BadModel("a legacy torch checkpoint has no list of storages")
-    known = describe(root, storages, Naming())
-    spans = []
+    naming = Naming()
+    known = describe(root, storages, naming)
+    spans: list[Span] = []
+    views: list[View] = []
+    strided: list[str] = []
     offset = reader.position
     for key in keys:
         storage = storages.get(str(key)) if isinstance(key, (str, int)) else None
@@ -60,8 +63,11 @@ def parse(source: ByteSource) -> Layout:
         facts = known[storage.key] if little else known[storage.key].as_bytes(storage.nbytes)
         if little or storage.nbytes >= MIN_UNKNOWN_NBYTES:
             spans.append(Span(offset, storage.nbytes, facts.dtype, facts.name, facts.shape, facts.aliases))
+            views += facts.views_at(offset)
+            strided += facts.strided
         offset += storage.nbytes
-    return cover(CONTAINER, source.size, spans)
+    views.sort(key=lambda view: naming.place(view.name))
+    return cover(CONTAINER, source.size, spans, views=views, strided=strided)
 
 
 def _is_little_endian(facts: object) -> bool:

@@ -18,7 +18,7 @@ from hydrafs.containers.symbols import Storage
 from hydrafs.containers.tensor_names import MIN_UNKNOWN_NBYTES, Known, Naming, describe
 from hydrafs.dtypes import BYTES
 from hydrafs.errors import BadModel
-from hydrafs.layout import ByteSource, Layout, Span, cover
+from hydrafs.layout import ByteSource, Layout, Span, View, cover
 
 CONTAINER = "torch-zip"
 SIGNATURE = b"PK\x03\x04"
@@ -42,6 +42,8 @@ def parse(source: ByteSource) -> Layout:
     little = archive.small(prefix + "byteorder").strip() in (b"", b"little")
     naming = Naming()
     spans: list[Span] = []
+    views: list[View] = []
+    strided: list[str] = []
     for pickled in ("data", "constants"):  # TorchScript keeps a second pickle
         pickle_name, folder = f"{prefix}{pickled}.pkl", f"{prefix}{pickled}/"
         if pickle_name not in archive.members:
@@ -57,9 +59,16 @@ def parse(source: ByteSource) -> Layout:
                 if key in storages and key not in known:  # the pickle contradicts itself
                     continue
                 span = _span(archive, name, known.get(key), naming, little)
+                facts = known.get(key)
                 if span is not None:
                     spans.append(span)
-    return cover(CONTAINER, source.size, spans)
+                    if facts is not None and span.nbytes == facts.nbytes and little:
+                        views += facts.views_at(span.offset)
+                        strided += facts.strided
+                elif facts is not None and facts.nbytes == 0:
+                    views += facts.views_at(0)  # tensors without elements
+    views.sort(key=lambda view: naming.place(view.name))
+    return cover(CONTAINER, source.size, spans, views=views, strided=strided)
 
 
 def _span(archive: _Archive, member: str, known: Known | None, naming: Naming, little: bool) -> Span | None:
