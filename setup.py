@@ -7,6 +7,9 @@ from setuptools import Extension, setup
 # The stable ABI has the buffer protocol from 3.11 on; 3.10 gets a build of its own.
 STABLE = sys.version_info >= (3, 11) and sys.implementation.name == "cpython"
 UNIX_FLAGS = [] if sys.platform == "win32" else ["-std=c11", "-O3", "-Wall", "-Wextra"]
+# Formulas must give the same bits everywhere: no multiplication is fused with an addition, and none is reordered.
+# Floating-point traps and errno, which nobody looks at, would keep the loops from being vectorised.
+PINNED_FLAGS = ["-ffp-contract=off", "-fno-fast-math", "-fno-trapping-math", "-fno-math-errno"]
 
 setup(
     ext_modules=[
@@ -19,7 +22,16 @@ setup(
             libraries=[] if sys.platform == "win32" else ["m"],
             py_limited_api=STABLE,
             optional=True,  # no compiler: the codec decodes slowly and encodes nothing; `hydrafs doctor` says so
-        )
+        ),
+        Extension(
+            "hydrafs._formulas",
+            sources=["hydrafs/native/formulas.c"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE else [],
+            extra_compile_args=[] if sys.platform == "win32" else UNIX_FLAGS + PINNED_FLAGS,
+            libraries=[] if sys.platform == "win32" else ["m"],
+            py_limited_api=STABLE,
+            optional=True,  # no compiler: numpy computes the same
+        ),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE else {},
 )

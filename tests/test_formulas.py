@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -22,6 +22,17 @@ from hydrafs.formulas import ADD, SUBTRACT, Formula, Step, cast, divide, evaluat
 COUNT = 70_000  # more than one block
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 REAL = list(NAMES)
+
+
+@pytest.fixture(params=["native", "numpy"], autouse=True, scope="module")
+def computed_by(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of this file runs with the extension and without: the bits are the same."""
+    native = formulas._native
+    if request.param == "native" and native is None:
+        pytest.fail("the extension is not built")
+    formulas._native = native if request.param == "native" else None
+    yield str(request.param)
+    formulas._native = native
 
 
 def special(dtype: torch.dtype) -> torch.Tensor:
@@ -274,3 +285,72 @@ def test_what_operands_must_hold() -> None:
     with pytest.raises(BadModel):
         formulas.operand_elements(product, 3, 21)
     assert formulas.operand_elements(Formula("", (get(1),)), 2, 5) == [0, 5]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_extension_gives_the_bits_of_numpy(data: st.DataObject) -> None:
+    """Any formula that can be computed, over any words at all."""
+    native = pytest.importorskip("hydrafs._formulas")
+    names = data.draw(st.lists(st.sampled_from(["F32", "F16", "BF16"]), min_size=1, max_size=3))
+    numbers = st.floats(-4, 4, width=32) | st.sampled_from([1e-30, 3e38, -0.0, 0.3, 1.0])
+    simple = st.one_of(
+        st.builds(get, st.integers(0, len(names) - 1)),
+        st.builds(cast, st.sampled_from(["F32", "F16", "BF16"])),
+        st.builds(scale, numbers),
+        st.builds(divide, numbers),
+        st.builds(lerp, numbers),
+        st.sampled_from([ADD, SUBTRACT]),
+    )
+    steps = tuple(data.draw(st.lists(simple, min_size=2, max_size=10)))
+    try:
+        result_dtype(Formula("", steps), names)
+    except BadModel:
+        return
+    count = data.draw(st.integers(0, 5000))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    buffers = [rng.integers(0, 256, count * DTYPES[name].nbytes).astype(np.uint8) for name in names]
+
+    def read(index: int, first: int, elements: int) -> npt.NDArray[np.uint8]:
+        return buffers[index][first * DTYPES[names[index]].nbytes :][: elements * DTYPES[names[index]].nbytes]
+
+    before = formulas._native
+    try:
+        formulas._native = native
+        fast, _ = evaluate(Formula("", steps), names, read, 0, count)
+        formulas._native = None
+        slow, _ = evaluate(Formula("", steps), names, read, 0, count)
+    finally:
+        formulas._native = before
+    assert np.array_equal(fast, slow)
+
+
+@pytest.mark.parametrize(
+    ("steps", "types", "operands", "result", "nbytes"),
+    [
+        (b"", b"\1", (bytes(4),), 1, 4),
+        (b"\0", b"\1", (bytes(4),), 1, 4),
+        (b"\0\1" + bytes(6), b"\1", (bytes(4),), 1, 4),  # another operand than there is
+        (b"\7\0" + bytes(6), b"\1", (bytes(4),), 1, 4),  # no such step
+        (bytes(8) + b"\1\3" + bytes(6), b"\1", (bytes(4),), 1, 4),  # no such type
+        (b"\4\0" + bytes(6), b"\1", (bytes(4),), 1, 4),  # nothing to add
+        (bytes(16), b"\1", (bytes(4),), 1, 4),  # two results
+        (bytes(8 * 9) + b"\4\0\0\0\0\0\0\0" * 8, b"\1", (bytes(4),), 1, 4),  # too deep
+        (bytes(8 * 65), b"\1", (bytes(4),), 1, 4),
+        (bytes(8), b"\1", (bytes(3),), 1, 4),
+        (bytes(8), b"\1", (bytes(6),), 1, 4),
+        (bytes(8), b"\1", (), 1, 4),
+        (bytes(8), b"\1", (None,), 1, 4),
+        (bytes(8), b"\1" * 9, (bytes(4),) * 9, 1, 4),
+        (bytes(8), b"\3", (bytes(4),), 1, 4),
+        (bytes(8), b"\1", (bytes(4),), 0, 8),  # another type than it leaves
+        (bytes(8), b"\1", (bytes(4),), 9, 4),
+        (bytes(8), b"\1", (bytes(4),), 1, 3),
+    ],
+)
+def test_what_the_extension_refuses(
+    steps: bytes, types: bytes, operands: tuple[bytes, ...], result: int, nbytes: int
+) -> None:
+    native = pytest.importorskip("hydrafs._formulas")
+    with pytest.raises(ValueError, match="no formula"):
+        native.evaluate(steps, types, operands, result, bytearray(nbytes))
