@@ -1,6 +1,6 @@
 """The table *virtual*: making a merge that is only a recipe, and reading it through the mount.
 
-The models are those of the table *read*: 2.1 GB in fp16 with the tensors of Stable Diffusion 1.5. What a merge is computed
+The models are those of the table *read*: 2.1 GB in fp16 with the tensors of Stable Diffusion 1.5. What a merge is made
 from is in the page cache; the merge itself is read with a new daemon and nothing cached, then once more.
 """
 
