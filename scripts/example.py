@@ -66,6 +66,9 @@ FILES = {
 }
 
 
+MERGE = "harbour-and-kitchen-fp16.safetensors"
+
+
 def say(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
@@ -142,6 +145,14 @@ def make_store() -> None:
         hydrafs("dehydrate", *(STORE / name for name in waiting))
 
 
+def make_merge() -> None:
+    """A merge of two of the fine-tunes that is only a recipe."""
+    if not (STORE / f"{MERGE}.hydra").exists():
+        say("a merge of two of them that is only a recipe: a full model in the mount")
+        parents = STORE / "harbour-fp16.safetensors", STORE / "kitchen-fp16.ckpt"
+        hydrafs("merge", *parents, "--alpha", "0.4", "--virtual", STORE / MERGE)
+
+
 def compare_hashes() -> bool:
     """Whether every model in the mount has its original's SHA-256."""
     wanted = dict(reversed(line.split()) for line in (STORE / SUMS).read_text().splitlines())
@@ -178,7 +189,7 @@ def show() -> bool:
     subprocess.run(["ls", "-l", MOUNTPOINT], check=True, stdin=subprocess.DEVNULL)
     say("what it takes on disk")
     hydrafs("ls", STORE)
-    listed = _bytes_on_disk([MOUNTPOINT / name for name in all_names()])
+    listed = _bytes_on_disk([MOUNTPOINT / name for name in (*all_names(), MERGE)])
     stored = _bytes_on_disk([path for path in STORE.iterdir() if path.suffix in (".hydra", ".safetensors", ".ckpt")])
     print(
         f"{listed / 1e6:.1f} MB of models in {stored / 1e6:.1f} MB on disk: "
@@ -189,12 +200,14 @@ def show() -> bool:
     say("loads through the mount")
     load("harbour-fp16.safetensors")
     load("orchard-bf16.ckpt")
+    load(MERGE)
     return fine
 
 
 def main() -> None:
     """Make the store if it is not there, mount it if it is not mounted, show it."""
     make_store()
+    make_merge()
     if MOUNTPOINT.is_mount():
         say(f"{_short(MOUNTPOINT)} is mounted already")
     else:

@@ -545,3 +545,50 @@ def test_order_of_state_dict_metadata_does_not_disturb() -> None:
     state._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     check(save(state), {"w": torch.ones(3)})
     assert parse(save(state)).container == torch_zip.CONTAINER
+
+
+def assert_views(layout: Layout, data: bytes, tensors: dict[str, torch.Tensor]) -> None:
+    """Each view holds its tensor's elements as a program that loads the model gets them, in the model's order."""
+    assert [view.name for view in layout.views] == list(tensors)
+    for view in layout.views:
+        tensor = tensors[view.name]
+        assert (view.shape, view.elements) == (tuple(tensor.shape), tensor.numel())
+        assert view.dtype == BY_TORCH_NAME[str(tensor.dtype).removeprefix("torch.")].name
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+        assert data[view.offset : view.offset + view.nbytes] == raw, view.name
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_views_of_torch_tensors(file_format: str) -> None:
+    whole = torch.randn(60, 40)
+    tensors = {
+        "z last by name, first in the file": torch.arange(5),
+        "whole": whole,
+        "tied": whole,
+        "rows": whole[10:20],
+        "scalar": torch.tensor(3.0),
+        "flags": torch.tensor([True, False]),
+    }
+    strided = {"columns": whole[:, :7], "transposed": whole.t(), "expanded": torch.ones(1).expand(4)}
+    data = save({"state_dict": {**tensors, **strided}}, file_format)
+    layout = parse(data)
+    assert_views(layout, data, tensors)
+    assert set(layout.strided) == set(strided)
+
+
+def test_views_of_tensors_without_elements() -> None:
+    tensors = {"none": torch.zeros(0, 5), "some": torch.ones(3)}
+    data = save(tensors)
+    assert_views(parse(data), data, tensors)
+
+
+def test_views_of_safetensors(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 4), "a": torch.arange(6), "none": torch.zeros(2, 0)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    data = (tmp_path / "x.safetensors").read_bytes()
+    layout = parse(data)
+    assert_views(layout, data, {view.name: tensors[view.name] for view in layout.views})
+    assert {view.name for view in layout.views} == set(tensors)
+    header = json.dumps({"x": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}).encode()
+    layout = parse(struct.pack("<Q", len(header)) + header + bytes(4))
+    assert (layout.views, layout.strided) == ((), ("x",))
