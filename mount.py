@@ -3,7 +3,7 @@
 
 import sys
 
-from hydrafs.cli import main
+from hydrafs.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["mount", *sys.argv[1:]]))
+    sys.exit(run(["mount", *sys.argv[1:]]))

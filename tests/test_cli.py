@@ -510,3 +510,15 @@ def test_the_package_and_mount_py_are_the_same_command_line() -> None:
         ran = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
         assert "MOUNTPOINT" in ran.stdout
         assert ran.stderr == ""
+
+
+@pytest.mark.parametrize("missing", ["click", "numpy"])
+def test_a_python_without_the_packages_is_told_what_to_do(missing: str) -> None:
+    """mount.py is what is run from a clone, by whatever Python is at hand."""
+    root = Path(__file__).parent.parent
+    code = f"import runpy, sys; sys.modules[{missing!r}] = None; sys.argv[1:] = ['a', 'b']; "
+    ran = subprocess.run(
+        [sys.executable, "-c", code + f"runpy.run_path({str(root / 'mount.py')!r}, run_name='__main__')"],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    bad(Ran(ran.returncode, ran.stdout, ran.stderr), 3, missing, sys.executable, "pip install")
