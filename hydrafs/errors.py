@@ -7,6 +7,7 @@ answers with; both are looked up here and nowhere else. A message reads ``WHAT, 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 
 
@@ -145,6 +146,13 @@ class Changing(HydraError):
     default_remedy = "try again when nothing writes to it"
 
 
+def log_once(logger: logging.Logger, error: BaseException, line: str, *arguments: object) -> None:
+    """Log ``line`` at ERROR unless a room nearer to the cause has logged ``error`` already: one failure, one line."""
+    if not getattr(error, "hydrafs_logged", False):
+        error.hydrafs_logged = True  # type: ignore[attr-defined]  # an OSError takes it as well as one of ours
+        logger.error(line, *arguments)
+
+
 def from_oserror(error: OSError, what: str, where: object = "") -> HydraError:
     """The error of ours that an ``OSError`` amounts to, by its errno."""
     reason = error.strerror or error.__class__.__name__
@@ -155,6 +163,9 @@ def from_oserror(error: OSError, what: str, where: object = "") -> HydraError:
         return Denied(what, where=where, detail=reason, remedy="check the permissions of the file and its folder")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return NotFound(what, where=where, detail=reason, remedy="check the path")
+    if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+        remedy = "hydrafs umount takes down what is left of it; then mount again"
+        return MountFailed("the daemon of this mount is dead", where=where, detail=reason, remedy=remedy)
     if error.errno == errno.EEXIST:
         return AlreadyThere(what, where=where, detail=reason)
     return HydraError(what, where=where, detail=reason, remedy="check the disk and the system log")

@@ -26,7 +26,7 @@ from threading import get_ident
 from typing import Any, Protocol
 
 from hydrafs.attributes import Attributes, Entry
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, log_once
 from hydrafs.libfuse import BINDINGS, MAX_BACKGROUND, READAHEAD_NBYTES, Binding, load_binding
 
 __all__ = ["BINDINGS", "Attributes", "Binding", "Entry", "Handle", "Tree", "errno_of", "load_binding", "serve"]
@@ -120,9 +120,12 @@ def _failed(operation: str, path: object, error: BaseException) -> int:
         number = errno_of(error)
         where = _decode(path) if isinstance(path, bytes) else "an open file"
         if isinstance(error, HydraError):
-            log.error("%s %r: %s", operation, where, error)
+            log_once(log, error, "%s %r: %s", operation, where, error)
         elif isinstance(error, OSError) and error.errno == number:
-            log.log(logging.DEBUG if number in _ANSWERS else logging.ERROR, "%s %r: %s", operation, where, error)
+            if number in _ANSWERS:
+                log.debug("%s %r: %s", operation, where, error)
+            else:
+                log_once(log, error, "%s %r: %s", operation, where, error)
         else:
             log.error("%s %r: unexpected %s", operation, where, type(error).__name__, exc_info=error)
     except BaseException:  # the log itself is broken: an answer still has to be given

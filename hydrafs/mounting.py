@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from hydrafs.daemon import Watch, await_mount, serve_here, serve_told
-from hydrafs.errors import Denied, MountFailed
+from hydrafs.errors import Denied, MountFailed, from_oserror
 from hydrafs.fuse import Binding, Tree, load_binding
 from hydrafs.mountoptions import MountOptions, parse_options
 from hydrafs.mountpoints import (
@@ -137,7 +137,10 @@ def mount(
         if watch.failure is not None:
             raise watch.failure
         return os.getpid()
-    output = os.open(log_path or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        output = os.open(log_path or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise from_oserror(error, "cannot write the log", log_path or os.devnull) from error
     receive, send = os.pipe()
     try:
         child = _fork()

@@ -30,7 +30,7 @@ from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Claim, Names, Version
 from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, log_once
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
 from hydrafs.opening import Opener
@@ -87,12 +87,12 @@ class OpenFile:
             try:
                 return os.preadv(self._source.fd, [out], offset)
             except OSError as error:
-                log.error("cannot read %s: %s", self._source.path, error)
+                log_once(log, error, "cannot read %s: %s", self._source.path, error)
                 raise
         try:
             return self._reader.pread_into(offset, out)
         except HydraError as error:
-            log.error("cannot read %s: %s", self.path, error)
+            log_once(log, error, "cannot read %s: %s", self.path, error)
             raise
 
     def attributes(self) -> Attributes:
@@ -185,7 +185,12 @@ class StoreTree:
         if known and known[0] == identity:
             return known[1]
         trailer: Trailer | None = None
-        fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC)
+        except PermissionError as error:
+            # It can be listed all the same; who opens it is told. A folder of which one file fails looks broken.
+            log.warning("listed with its own size: cannot read %s: %s", place.real, error.strerror)
+            return None
         try:
             identity = FileIdentity.of(os.fstat(fd))
             trailer = read_trailer(fd, place.real)
@@ -326,7 +331,7 @@ class StoreTree:
         try:
             source = self.opener.open_diff(Path(place.real)) if place.is_diff else FileSource(place.real)
         except HydraError as error:
-            log.error("cannot open %s: %s", path, error)
+            log_once(log, error, "cannot open %s: %s", path, error)
             raise
         try:
             return self._opened(path, place, source)

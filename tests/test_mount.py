@@ -394,6 +394,7 @@ def test_a_missing_parent_is_named_at_open(copied: Copied, mounted: Mounted) -> 
     live.logged(
         "ERROR", "/half.safetensors", str(store.diff("half.safetensors")), "base.safetensors", digest, "put it back"
     )
+    assert len(live.log()) == 1, "one line for one failure"
     (store.root.parent / "elsewhere").rename(base)
 
     def opens() -> bool:
@@ -449,7 +450,6 @@ def test_a_flipped_bit_fails_a_read_and_never_gives_other_bytes(copied: Copied, 
                 failed += 1
     assert failed
     live.logged("ERROR", "/half.safetensors", "chunk")
-    live.logged("ERROR", "an open file", "chunk")
     # Through a mapping the same read ends the process: there is no other way to tell it.
     script = "import mmap, sys; f = open(sys.argv[1], 'rb'); sum(mmap.mmap(f.fileno(), 0, prot=mmap.PROT_READ)[:])"
     done = subprocess.run([sys.executable, "-c", script, live.path / "half.safetensors"], check=False)
@@ -723,7 +723,7 @@ def test_a_small_cache_serves_all_the_same(copied: Copied, mounted: Mounted) -> 
 
 
 def surrounded(
-    script: str, *arguments: str | os.PathLike[str], binding: str, user: bool = False
+    script: str, *arguments: str | os.PathLike[str], binding: str, user: bool = False, **environment: str
 ) -> tuple[int, str, str]:
     """Run a shell script where mounts are its own; as root of a user namespace where that is asked for or needed."""
     flags = ["--user", "--map-root-user"] if user or os.geteuid() else []
@@ -740,7 +740,7 @@ def surrounded(
             "sh",
             *map(os.fspath, arguments),
         ],
-        env={**os.environ, "HYDRAFS_FUSE": binding, "PYTHON": sys.executable},
+        env={**os.environ, "HYDRAFS_FUSE": binding, "PYTHON": sys.executable, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -793,12 +793,46 @@ def test_a_store_that_cannot_be_written(copied: Copied, binding: str, tmp_path: 
         + MOUNT
         + '; sha256sum < "$2/half.safetensors"; ls -A "$2"; "$PYTHON" -m hydrafs umount "$2"'
     )
-    code, output, complaint = surrounded(script, store.root, point, binding=binding)
+    state = tmp_path / "state"
+    code, output, complaint = surrounded(script, store.root, point, binding=binding, XDG_STATE_HOME=str(state))
     assert (code, complaint) == (0, "")
     digest, _, first, second = output.split()
     assert digest == store.originals["half.safetensors"].sha256
     assert [first, second] == ["base.safetensors", "half.safetensors"]
     assert not (store.root / ".hydrafs").exists()
+    assert (state / "hydrafs" / "mount.log").read_text() == ""
+
+
+def test_what_is_refused_is_logged_though_the_store_cannot_be_written(
+    copied: Copied, binding: str, tmp_path: Path
+) -> None:
+    store, point, state = copied("half.safetensors"), tmp_path / "point", tmp_path / "state"
+    point.mkdir()
+    script = (
+        'mount --bind "$1" "$1"; mount -o remount,bind,ro "$1"; '
+        + MOUNT
+        + '; ! cat "$2/half.safetensors" > "$3" 2>&1; "$PYTHON" -m hydrafs umount "$2"'
+    )
+    code, _, complaint = surrounded(
+        script, store.root, point, tmp_path / "said", binding=binding, XDG_STATE_HOME=str(state)
+    )
+    assert (code, complaint) == (0, "")
+    line = (state / "hydrafs" / "mount.log").read_text()
+    assert line.count("\n") == 1
+    for part in ("/half.safetensors", "is missing, base.safetensors", "put it back"):
+        assert part in line
+
+
+def test_a_log_that_cannot_be_written_is_named(copied: Copied, binding: str, tmp_path: Path) -> None:
+    store = copied("base.safetensors", "half.safetensors")
+    (tmp_path / "point").mkdir()
+    done = hydrafs(
+        "mount", store.root, tmp_path / "point", "--log-file", tmp_path / "none" / "log", HYDRAFS_FUSE=binding
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert one_line(done.stderr)
+    assert "cannot write the log" in done.stderr
+    assert not is_mounted(tmp_path / "point")
 
 
 def test_modes_keep_others_out(copied: Copied, mounted: Mounted) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import time
+from pathlib import Path
 
 import click
 
@@ -14,7 +15,10 @@ from hydrafs.errors import UsageError
 from hydrafs.mounting import mount, parse_options
 from hydrafs.mountpoints import resolve
 
+log = logging.getLogger("hydrafs.cli.mount")
+
 _DEFAULT_CACHE = "4G"
+_DEFAULT_LOG = "the store's .hydrafs/mount.log, else ~/.local/state/hydrafs/mount.log"
 _SILENCE_SECONDS = 60.0
 _REMEMBERED_LINES = 1000
 
@@ -37,6 +41,20 @@ class _Repeats(logging.Filter):
         return True
 
 
+def _default_log(private: Path) -> str | None:
+    """The store's log, or the user's own where that cannot be written: a store on a read-only disk, or a log that
+    another user's mount has made. What is refused at open must be said somewhere."""
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    for folder in (private, Path(os.path.expanduser(state)) / "hydrafs"):
+        path = folder / "mount.log"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=folder != private, exist_ok=True)
+            if os.access(path if path.exists() else folder, os.W_OK):
+                return os.fspath(path)
+    log.warning("no place for a log; name one with --log-file")
+    return None
+
+
 @click.command("mount", short_help="Show a store as full files.")
 @click.argument("store", metavar="STORE")
 @click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
@@ -48,7 +66,7 @@ class _Repeats(logging.Filter):
 @click.option(
     "-o", "options", multiple=True, metavar="OPTS", help="Options as mount(8) takes them: allow_other,uid=..."
 )
-@click.option("--log-file", metavar="PATH", help="Where the daemon logs to [default: the store's .hydrafs/mount.log].")
+@click.option("--log-file", metavar="PATH", help=f"Where the daemon logs to [default: {_DEFAULT_LOG}].")
 def command(
     store: str,
     mountpoint: str | None,
@@ -73,16 +91,14 @@ def command(
     with contextlib.closing(open_store(store)) as opened:
         root, folders = opened.root, opened.base_folders
         private = opened.private
-        writable = os.access(opened.root, os.W_OK)
     nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
     level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
     log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Repeats())
     log_path = log_file
-    if log_path is None and writable and not foreground:
-        private.mkdir(exist_ok=True)
-        log_path = os.fspath(private / "mount.log")
+    if log_path is None and not foreground:
+        log_path = _default_log(private)
 
     point = resolve(mountpoint)
 
