@@ -96,6 +96,8 @@ def dehydrate(
     folder = (folder or model.parent).resolve()
     target = folder / (model.name + SUFFIX)
     _refuse(model)
+    if not folder.is_dir():
+        raise NotFound("no such folder for the diff", where=folder, remedy=f"mkdir -p {folder}")
     with FileSource(model) as source, contextlib.closing(Opener(store, ChunkCache(64 << 20))) as opener:
         before = FileIdentity.of(source.stat)
         if target.exists() and trailer_of(target).size != source.size:
@@ -181,6 +183,8 @@ def _refuse(model: Path) -> None:
             remedy="name the file that it points to",
         )
     if not model.exists():
+        if os.path.isfile(f"{model}{SUFFIX}"):
+            raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
         raise NotFound("no such model", where=model, remedy="check the path")
     if not model.is_file():
         raise UsageError("not a file", where=model, remedy="name the models, not their folder")

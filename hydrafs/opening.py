@@ -24,7 +24,7 @@ from hydrafs.identity import FileIdentity, probe, sha256
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
-from hydrafs.store import ModelEntry, Store, trailer_of
+from hydrafs.store import ModelEntry, Store, listed_name, trailer_of
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class Opener:
     ) -> OpenParent:
         changed: Path | None = None
         trouble: ParentUnavailable | None = None
+        unreadable: tuple[Path, HydraError] | None = None
         if parent.sha256 in chain:  # a model may be stored against a full copy of itself, but not against its own diff
             trouble = ParentLoop(
                 "a diff needs itself",
@@ -113,6 +114,8 @@ class Opener:
                 continue
             except HydraError as error:
                 log.debug("%s cannot serve as %s: %s", path, parent.name, error)
+                if listed_name(path.name) == Path(parent.name).name:
+                    unreadable = unreadable or (path, error)
                 continue
             if opened:
                 return opened
@@ -128,6 +131,14 @@ class Opener:
             )
         if trouble is not None:
             raise trouble
+        if unreadable is not None:
+            place, reason = unreadable
+            raise ParentUnavailable(
+                f"a parent of {diff.path} cannot be read",
+                where=place,
+                detail=f"{reason.what}, {reason.detail}, expected SHA-256 {digest}",
+                remedy=reason.remedy or f"put the original {Path(parent.name).name} back",
+            )
         raise ParentMissing(
             f"a parent of {diff.path} is missing",
             where=parent.name,

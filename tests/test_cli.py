@@ -128,7 +128,7 @@ def test_a_model_that_is_left_alone_is_said_so(run: Run, store: Path) -> None:
     assert "left alone" in ran.out
     assert "no base" in ran.out
     (store / "empty.bin").write_bytes(b"")
-    assert "left alone" in good(run("dehydrate", store / "empty.bin")).out
+    assert "left alone, it is empty" in good(run("dehydrate", store / "empty.bin")).out
 
 
 def test_no_compress_and_uncompress(run: Run, filled: Filled) -> None:
@@ -295,6 +295,7 @@ def test_what_is_not_there(run: Run, store: Path) -> None:
         ["ls", "--nonsense", "."],
         ["info", "a", "b"],
         ["--nonsense"],
+        ["dehydrate", "--no-compress", "--codec", "rans", "x"],
         ["mount", "--cache-size", "lots", ".", "/tmp/none"],
         ["mount", "--cache-size", "-1G", ".", "/tmp/none"],
     ],
@@ -308,6 +309,8 @@ def test_the_wrong_kind_of_thing(run: Run, dehydrated: Filled) -> None:
     (root / "link.ckpt").symlink_to(base)
     bad(run("dehydrate", root), 2)
     bad(run("dehydrate", diff), 2, "already dehydrated")
+    bad(run("dehydrate", dehydrated.tuned), 2, "already dehydrated")
+    bad(run("dehydrate", "--store", root / "none", base), 3, "no such folder", "mkdir -p")
     bad(run("dehydrate", root / "link.ckpt"), 2, "link")
     bad(run("rehydrate", base), 2, "not a diff")
     bad(run("uncompress", base), 2, "not a diff")
@@ -394,6 +397,24 @@ def test_no_permission(models: ModelMaker, at_end: contextlib.ExitStack, writabl
     tuned.chmod(0o644)
     assert tuned.read_bytes() == data
     assert {p.name for p in root.iterdir()} <= {".hydrafs", "base.safetensors", "tuned.safetensors"}
+
+
+def test_a_parent_that_may_not_be_read(models: ModelMaker, at_end: contextlib.ExitStack) -> None:
+    """It is there: who is told that it is missing looks in vain."""
+    root = Path(at_end.enter_context(tempfile.TemporaryDirectory(prefix="hydrafs-test-")))
+    base = models.save(root / "base.safetensors", models.base("fp16"))
+    tuned = models.save(root / "tuned.safetensors", models.tuned("fp16"))
+    tuned.chmod(0o644)
+    digest = hashlib.sha256(base.read_bytes()).hexdigest()
+    assert main(["dehydrate", "--base", str(base), str(tuned)]) == 0
+    base.chmod(0o000)
+    root.chmod(0o777)
+    ran = subprocess.run(
+        [sys.executable, "-c", _AS_NOBODY, "rehydrate", f"{tuned}.hydra"],
+        check=False, capture_output=True, text=True, timeout=60, cwd="/",
+    )  # fmt: skip
+    bad(Ran(ran.returncode, ran.stdout, ran.stderr), 7, str(base), "Permission denied", digest, "check the permissions")
+    assert not tuned.exists()
 
 
 def test_an_interrupt_is_one_line(run: Run, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:

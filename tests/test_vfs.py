@@ -111,6 +111,23 @@ def test_a_listing_tells_types_and_inodes_as_stat_does(tree: StoreTree) -> None:
     assert types["tuned.ckpt"] == types["base.safetensors"] == stat.S_IFREG
 
 
+@pytest.mark.logs("listed with its own size", "cannot open .tuned.ckpt")
+def test_a_diff_that_may_not_be_read_is_listed(tree: StoreTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of which one file cannot be looked at looks broken to who lists it."""
+    really_open = os.open
+
+    def refuse(path: str, *arguments: int, **more: int) -> int:
+        if str(path).endswith("tuned.ckpt.hydra"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return really_open(path, *arguments, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert stat.S_ISREG(tree.getattr("/tuned.ckpt").mode)
+    assert tree.getxattr("/tuned.ckpt", "user.hydrafs.state") == b"damaged"
+    with pytest.raises(HydraError, match="Permission denied"):
+        tree.open("/tuned.ckpt", os.O_RDONLY)
+
+
 def test_a_diff_is_not_there_under_its_own_name(tree: StoreTree) -> None:
     for call in (tree.getattr, tree.listxattr, tree.readlink, lambda path: tree.open(path, os.O_RDONLY)):
         assert errno_of(call, "/tuned.safetensors.hydra") == errno.ENOENT

@@ -22,7 +22,7 @@ from hydrafs.cli.common import (
     say,
 )
 from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, UsageError
 from hydrafs.store import Store, find_root
 
 
@@ -50,6 +50,8 @@ def command(
     The diff is read back from disk and must give the model's SHA-256 before the original is removed. A model that would
     not shrink by 5 % is left alone.
     """
+    if no_compress and codec not in (None, "raw"):
+        raise UsageError("options exclude each other", where=f"--no-compress, --codec {codec}", remedy="drop one")
     paths = [real_path(m) for m in models]
     outcomes: list[dict[str, object]] = []
     worst = 0
@@ -127,7 +129,8 @@ def _tell(outcome: Outcome) -> None:
         say(f"  {reason}")
     if outcome.diff is None:
         share = percent(outcome.stored_nbytes, outcome.size)
-        say(f"{outcome.model.name}: left alone, it would take {share} of its size ({human(outcome.size)})")
+        would = f"it would take {share} of its size ({human(outcome.size)})" if outcome.size else "it is empty"
+        say(f"{outcome.model.name}: left alone, {would}")
         return
     kept = "" if outcome.original_removed else ", the original is kept"
     say(
