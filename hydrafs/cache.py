@@ -8,6 +8,7 @@ Rule 3: the budget bounds what is kept, not what is in use: an evicted chunk liv
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class CacheStatistics:
     nbytes: int
     budget_nbytes: int
     chunks: int
+    decoded_nbytes: int
+    decode_seconds: float
 
 
 class ChunkCache:
@@ -42,7 +45,8 @@ class ChunkCache:
         self._lock = threading.Lock()
         self._kept: LRUCache[Key, Chunk] = LRUCache(max(1, budget_nbytes), getsizeof=lambda chunk: chunk.nbytes)
         self._running: dict[Key, Future[Chunk]] = {}
-        self._hits = self._misses = self._waits = 0
+        self._hits = self._misses = self._waits = self._decoded_nbytes = 0
+        self._decode_seconds = 0.0
 
     def get(self, key: Key, decode: Callable[[], Chunk]) -> Chunk:
         """The chunk under ``key``, decoded by ``decode`` if it is not there.
@@ -62,6 +66,7 @@ class ChunkCache:
                 self._waits += 1
         if future is not None:
             return future.result()
+        start = time.perf_counter()
         try:
             chunk = decode()
         except BaseException as error:
@@ -70,6 +75,8 @@ class ChunkCache:
             mine.set_exception(error)
             raise
         with self._lock:
+            self._decoded_nbytes += chunk.nbytes
+            self._decode_seconds += time.perf_counter() - start
             if chunk.nbytes <= self._kept.maxsize:
                 self._kept[key] = chunk
             del self._running[key]
@@ -86,8 +93,32 @@ class ChunkCache:
         with self._lock:
             kept = self._kept
             return CacheStatistics(
-                self._hits, self._misses, self._waits, int(kept.currsize), int(kept.maxsize), len(kept)
+                self._hits,
+                self._misses,
+                self._waits,
+                int(kept.currsize),
+                int(kept.maxsize),
+                len(kept),
+                self._decoded_nbytes,
+                self._decode_seconds,
             )
+
+    def resize(self, budget_nbytes: int) -> None:
+        """Keep at most ``budget_nbytes`` from now on; what is too much leaves, the least recently used first."""
+        with self._lock:
+            smaller: LRUCache[Key, Chunk] = LRUCache(max(1, budget_nbytes), getsizeof=lambda chunk: chunk.nbytes)
+            while self._kept:
+                key, chunk = self._kept.popitem()  # the least recently used, so that the order stays
+                if chunk.nbytes <= smaller.maxsize:
+                    smaller[key] = chunk
+            self._kept = smaller
+
+    def drop(self) -> int:
+        """Keep nothing of what is there; how many bytes that was."""
+        with self._lock:
+            nbytes = int(self._kept.currsize)
+            self._kept.clear()
+            return nbytes
 
     @property
     def budget_nbytes(self) -> int:

@@ -90,7 +90,9 @@ def serve_here(
     os.chdir("/")
     if threading.current_thread() is not threading.main_thread():
         raise MountFailed("a mount is served by the main thread", where=path, remedy="use mount_in_background")
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in _ENDING_SIGNALS}
+    # libfuse sets its handlers for the ending signals only where nobody else has one.
+    ending = [number for number in _ENDING_SIGNALS if number not in getattr(tree, "own_signals", ())]
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in ending}
     captured = _CapturedStderr()
     started = False
 

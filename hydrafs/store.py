@@ -232,6 +232,14 @@ class Store:
             )
         return tuple((self.root / Path(f).expanduser()).resolve() for f in folders)
 
+    def reload(self) -> None:
+        """Read the configuration again.
+
+        Raises:
+            UsageError: it is damaged; what was read before still holds.
+        """
+        self.base_folders = self._read_config()
+
     def add_base_folder(self, folder: Path) -> None:
         """Search ``folder`` for bases and parents from now on; kept in ``.hydrafs/config.toml``."""
         folder = folder.resolve()

@@ -14,7 +14,7 @@ ROOMS = [
     "assembling", "predictors", "formulas", "codecs", "manifest", "diff", "catalog", "store", "prediction",
     "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases", "plan", "choosing", "encode",
     "restore", "dehydrate", "recipes", "arithmetic", "computing", "coherence", "vfs", "libfuse", "fuse",
-    "mountpoints", "mountoptions", "daemon", "mounting", "api", "cli",
+    "mountpoints", "mountoptions", "daemon", "mounting", "service", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 

@@ -17,6 +17,7 @@ from hydrafs.version import __version__
 
 _COMMANDS = {
     "bases": "What can serve as a base, and who depends on it.",
+    "control": "Tell a running daemon what to do.",
     "convert": "Make a model with another VAE, without EMA, or in another precision.",
     "dehydrate": "Turn models into small diffs, each proved before its original goes.",
     "doctor": "What this machine has of what hydrafs needs, and what to do.",
@@ -25,10 +26,13 @@ _COMMANDS = {
     "merge": "Make a model out of two or three others.",
     "mount": "Show a store as the full files that it stands for.",
     "rehydrate": "Write a dehydrated model as a full file, or a stronger one.",
+    "status": "How a mount's daemon is, and what it saved.",
+    "top": "The status of all mounts, live in the terminal.",
     "umount": "Take a mount down.",
     "unmerge": "Make the other model of a merge, given one.",
     "uncompress": "Recode a diff without compression, for the fastest reads.",
     "verify": "Decode everything and compare SHA-256.",
+    "warm": "Read models into the kernel's cache.",
 }
 
 

@@ -8,13 +8,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hydrafs.errors import UsageError, printable
-from hydrafs.mountpoints import our_mounts
+from hydrafs.errors import NotFound, UsageError, printable
+from hydrafs.mountpoints import our_mounts, resolve
+from hydrafs.service.control import ask, runtime_folders
 from hydrafs.store import ModelEntry, Store, find_root
 
 _XATTR_PATH = "user.hydrafs.path"
@@ -138,7 +140,54 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: progress.advance(task, nbytes)
 
 
-def log_to_stderr(level: int = logging.WARNING, *, with_time: bool = False) -> None:
+class _JsonLines(logging.Formatter):
+    """A log record as one line of JSON: what a journal or a collector takes apart."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        facts: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            facts["exception"] = self.formatException(record.exc_info)
+        return json.dumps(facts)
+
+
+def log_to_stderr(level: int = logging.WARNING, *, with_time: bool = False, as_json: bool = False) -> None:
     """Let the rooms' log lines be seen by whoever runs a command or a service in the foreground."""
     stamp = "%(asctime)s " if with_time else ""
     logging.basicConfig(level=level, format=stamp + "hydrafs: %(levelname)s: %(message)s", stream=sys.stderr)
+    if as_json:
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_JsonLines())
+
+
+def mounts_of(mountpoint: str | os.PathLike[str] | None) -> list[Path]:
+    """The mounts of ours that are meant: the one at ``mountpoint``, or all.
+
+    Raises:
+        NotFound: there is none.
+    """
+    found = list(dict.fromkeys(m.mountpoint for m in our_mounts()))
+    if mountpoint is not None:
+        point = resolve(Path(mountpoint).expanduser())
+        if point not in found:
+            raise NotFound("no mount of hydrafs", where=point, remedy="hydrafs mount makes one")
+        return [point]
+    if not found:
+        raise NotFound("no mount of hydrafs", remedy="hydrafs mount makes one")
+    return found
+
+
+def ask_daemon(mountpoint: Path, do: str, **request: Any) -> Any:
+    """Ask the daemon of the mount at ``mountpoint``: the user's own, or for root anybody's."""
+    users = [os.geteuid()]
+    for found in our_mounts():
+        if found.mountpoint == mountpoint:
+            users += [int(o[8:]) for o in found.options if o.startswith("user_id=") and o[8:].isdigit()]
+    named = os.environ.get("XDG_RUNTIME_DIR", "")
+    folders = [folder for user in dict.fromkeys(users) for folder in runtime_folders(user, named)]
+    return ask(list(dict.fromkeys(folders)), mountpoint, do, **request)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,10 @@ import click
 from hydrafs.cli.common import log_to_stderr, open_store, parse_nbytes
 from hydrafs.errors import UsageError
 from hydrafs.mounting import mount, parse_options
-from hydrafs.mountpoints import resolve
+from hydrafs.mountpoints import MountInfo, resolve
+from hydrafs.service.control import runtime_folders
+from hydrafs.service.metrics import parse_address
+from hydrafs.service.running import Served, Settings
 
 log = logging.getLogger("hydrafs.cli.mount")
 
@@ -67,6 +72,9 @@ def _default_log(private: Path) -> str | None:
     "-o", "options", multiple=True, metavar="OPTS", help="Options as mount(8) takes them: allow_other,uid=..."
 )
 @click.option("--log-file", metavar="PATH", help=f"Where the daemon logs to [default: {_DEFAULT_LOG}].")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="How the log's lines look.")
+@click.option("--metrics-address", metavar="HOST:PORT", help="Serve Prometheus metrics there.")
+@click.option("--warm", is_flag=True, help="Read what was opened lately into the kernel's cache once mounted.")
 def command(
     store: str,
     mountpoint: str | None,
@@ -75,6 +83,9 @@ def command(
     cache_size: str | None,
     options: tuple[str, ...],
     log_file: str | None,
+    log_format: str,
+    metrics_address: str | None,
+    warm: bool,
 ) -> None:
     """Show STORE at MOUNTPOINT, each diff as the full file that it stands for.
 
@@ -93,7 +104,8 @@ def command(
         private = opened.private
     nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
     level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
-    log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True)
+    as_json = log_format == "json"
+    log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True, as_json=as_json)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Repeats())
     log_path = log_file
@@ -101,20 +113,51 @@ def command(
         log_path = _default_log(private)
 
     point = resolve(mountpoint)
+    notify = os.environ.get("NOTIFY_SOCKET", "")
+    settings = Settings(
+        runtime_folders=runtime_folders(os.geteuid(), os.environ.get("XDG_RUNTIME_DIR", "")),
+        metrics=parse_address(metrics_address) if metrics_address else None,
+        notify_address=notify,
+        watchdog_usec=_watchdog_usec(),
+        reload_on_hangup=bool(notify),
+    )
+    served: list[Served] = []
 
-    def make_tree() -> object:
+    def make_tree() -> Served:
         from hydrafs.allocator import tune_allocator  # noqa: PLC0415 - in the process that serves
         from hydrafs.vfs import StoreTree  # noqa: PLC0415
 
         tune_allocator()
-        return StoreTree(root, nbytes, point)
+        served.append(Served(StoreTree(root, nbytes, point), point, settings))
+        return served[0]
+
+    def ready(found: MountInfo) -> None:
+        if served:  # in the foreground: here is who serves, and here is who the supervisor knows
+            served[0].ready()
+        if warm:
+            # Another process, which nothing waits for: the one that serves must not read its own mount.
+            subprocess.Popen(
+                [sys.executable, "-m", "hydrafs", "warm", "--lately", os.fspath(found.mountpoint)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+            )
 
     mount(
-        make_tree,  # type: ignore[arg-type]
+        make_tree,
         mountpoint,
         store_paths=[root, *folders],
         options=parsed,
         foreground=foreground,
         binding=os.environ.get("HYDRAFS_FUSE") or None,
         log_path=log_path,
+        on_ready=ready,
     )
+
+
+def _watchdog_usec() -> int:
+    """How often the supervisor wants to hear of this process; 0 where it does not, or means another one."""
+    usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    return int(usec) if usec.isdigit() and pid in ("", str(os.getpid())) else 0

@@ -1,0 +1,41 @@
+"""``hydrafs control``: tell a running daemon what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, parse_nbytes, print_json, say
+from hydrafs.errors import UsageError
+
+_ACTIONS = ("cache-size", "drop", "log-level", "reload", "pause", "resume")
+
+
+@click.command("control", short_help="Tell a running daemon what to do.")
+@click.argument("mountpoint", metavar="MOUNTPOINT")
+@click.argument("action", type=click.Choice(_ACTIONS))
+@click.argument("value", required=False)
+@json_option
+def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> None:
+    """Tell the daemon of MOUNTPOINT: cache-size SIZE, drop (what it keeps decoded), log-level debug|info|warning|error,
+    reload (the store's config.toml), pause or resume (dehydrating in the background)."""
+    request: dict[str, Any] = {}
+    if action in ("cache-size", "log-level"):
+        if value is None:
+            raise UsageError("a value is missing", where=action, remedy="hydrafs control --help tells which")
+        request = {"nbytes": parse_nbytes(value)} if action == "cache-size" else {"level": value}
+    elif value is not None:
+        raise UsageError("a value that is not wanted", where=action, detail=value)
+    (point,) = mounts_of(mountpoint)
+    answer = ask_daemon(point, action, **request)
+    if as_json:
+        print_json(answer)
+    elif action == "cache-size":
+        say(f"the cache keeps at most {human(answer['budget_nbytes'])}")
+    elif action == "drop":
+        say(f"{human(answer['dropped'])} dropped")
+    elif action == "reload":
+        say(f"base folders: {', '.join(answer['base_folders']) or 'none'}")
+    else:
+        say(f"{action}: done")

@@ -1,0 +1,75 @@
+"""``hydrafs status``: how the daemons are."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import click
+import msgspec
+
+from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, print_json, say
+from hydrafs.errors import HydraError
+from hydrafs.service.status import Status
+
+
+@click.command("status", short_help="How a mount's daemon is, and what it saved.")
+@click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
+@json_option
+def command(mountpoint: str | None, as_json: bool) -> None:
+    """Show how the daemon of MOUNTPOINT is, or of all mounts: models, bytes saved, cache, reads, last errors."""
+    facts, silent = [], []
+    for point in mounts_of(mountpoint):
+        try:
+            facts.append(ask_daemon(point, "status"))
+        except HydraError as error:
+            if mountpoint is not None:
+                raise
+            silent.append(error)
+    if silent and not facts:
+        raise silent[0]
+    if as_json:
+        print_json(facts[0] if mountpoint is not None else facts)
+        return
+    for number, one in enumerate(facts):
+        if number:
+            say("")
+        for line in lines_of(msgspec.convert(one, Status)):
+            say(line)
+    for missing in silent:
+        say(f"{missing.where}: {missing.what}")
+
+
+def lines_of(s: Status) -> list[str]:
+    """The status as people read it."""
+    rate = s.decoded_nbytes / s.decode_seconds if s.decode_seconds else 0.0
+    models = s.models
+    share = f", {100 * models.saved / models.listed:.0f} %" if models.listed else ""
+    lines = [
+        f"{s.mountpoint}: {s.store}, served by process {s.pid} for {_duration(s.uptime_seconds)} (hydrafs {s.version})",
+        f"  models    {models.models}, {models.dehydrated} of them diffs; {human(models.saved)} saved{share}",
+        f"  cache     {human(s.cache_nbytes)} of {human(s.cache_budget_nbytes)}, {100 * s.hit_rate:.0f} % hits",
+        f"  decoded   {human(s.decoded_nbytes)}" + (f", {human(rate)}/s per thread" if rate else ""),
+        f"  reads     {s.reads}, {human(s.read_nbytes)}; {s.reads_in_flight} in flight, {s.failed_reads} failed",
+        f"  files     {s.open_files} open; {s.opens} opened, {s.failed_opens} refused",
+        f"  process   {human(s.rss_nbytes)} of memory, {s.cpu_seconds:.1f} s of processor time",
+        f"  worker    {s.worker}",
+    ]
+    lines += [f"  {time.strftime('%F %T', time.localtime(at))}  {text}" for at, text in s.errors[-5:]]
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours, days = seconds / 60, seconds / 3600, seconds / 86400
+    if days >= 2:
+        return f"{days:.0f} days"
+    if hours >= 2:
+        return f"{hours:.0f} hours"
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{seconds:.0f} seconds"
+
+
+def rates(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """What happened per second between two statuses: bytes read and decoded, reads, processor time."""
+    seconds = max(1e-6, after["uptime_seconds"] - before["uptime_seconds"])
+    names = ("read_nbytes", "decoded_nbytes", "reads", "cpu_seconds")
+    return {name: (after[name] - before[name]) / seconds for name in names}

@@ -1,0 +1,1 @@
+"""How a daemon says how it is, and what it can be told: notify, status, control, metrics."""
