@@ -7,6 +7,7 @@ Rule 2: until then nothing stands under its name; the models that it is computed
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -21,8 +22,9 @@ from typing import Literal
 import msgspec
 
 from hydrafs.assembling import TORCH_ZIP, Skeleton, container_for, safetensors_skeleton, torch_zip_skeleton
+from hydrafs.basehash import BaseHashes
 from hydrafs.choosing import features_of
-from hydrafs.dehydrate import disk_errors, hold, parent_record
+from hydrafs.dehydrate import disk_errors, hold
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.dtypes import DTYPES
 from hydrafs.encode import encode_model
@@ -211,18 +213,19 @@ def _parents(
     """The parents that the recipe uses, each once; for each of its models the number of its parent; and for each parent
     the number of its model."""
     wanted = sorted({operand.parent for part in recipe.parts for operand in part.operands})
-    records: list[Parent] = []
+    with contextlib.closing(BaseHashes(store, [entries[model] for model in wanted])) as hashes:
+        found = hashes.complete(functools.partial(progress, "hash"))
+    parents: list[Parent] = []
     number: dict[int, int] = {}
     used: list[int] = []
-    for model in wanted:
-        record = parent_record(store, entries[model], lambda stage, done, total: progress("hash", done, total))
-        same = next((at for at, known in enumerate(records) if known.sha256 == record.sha256), None)
+    for model, record in zip(wanted, found, strict=True):
+        same = next((at for at, known in enumerate(parents) if known.sha256 == record.sha256), None)
         if same is None:
-            same = len(records)
-            records.append(record)
+            same = len(parents)
+            parents.append(record)
             used.append(model)
         number[model] = same
-    return records, number, used
+    return parents, number, used
 
 
 def _match(part: Part, number: dict[int, int]) -> Match | Computed:

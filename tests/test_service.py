@@ -324,6 +324,16 @@ class TestWarm:
         bad(run("warm"), 2, "nothing to warm")
         bad(run("warm", mounted / "nothing.ckpt"), 3, "cannot read")
 
+    def test_names_that_are_no_text(self, run: Run, mounted: Path, filled: Filled) -> None:
+        odd = os.fsencode(filled.root) + b"/gr\xfc\xdfe.ckpt"
+        with open(odd, "wb") as file:
+            file.write(b"x" * 1000)
+        assert len((mounted / os.fsdecode(b"gr\xfc\xdfe.ckpt")).read_bytes()) == 1000
+        assert len(good(run("warm", "--lately", mounted, "--json")).json) == 1
+        unmount(mounted)
+        eventually((filled.root / ".hydrafs" / "opened.json").exists, "nothing was noted")
+        assert b"gr\\udcfc" in (filled.root / ".hydrafs" / "opened.json").read_bytes()
+
     def test_what_was_opened_lately_is_warmed_after_a_restart(self, run: Run, mounted: Path, filled: Filled) -> None:
         (mounted / "tuned.safetensors").open("rb").close()
         unmount(mounted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import socket
@@ -102,7 +103,7 @@ class Server:
                 client.settimeout(_CLIENT_SECONDS)
                 line = _line(client, MAX_REQUEST_NBYTES)
                 client.settimeout(_ANSWER_SECONDS)
-                client.sendall(msgspec.json.encode(self._answer(line)) + b"\n")
+                client.sendall(_encoded(self._answer(line)))
             except OSError as error:
                 log.debug("a client of the control socket went away: %s", error)
 
@@ -135,6 +136,11 @@ class Server:
             self.path = None
 
 
+def _encoded(message: dict[str, Any]) -> bytes:
+    """One line of JSON; names of files may hold bytes that are no UTF-8, which only escapes carry."""
+    return json.dumps(message).encode() + b"\n"
+
+
 def _line(connection: socket.socket, limit: int) -> bytes:
     data = b""
     while not data.endswith(b"\n"):
@@ -164,14 +170,14 @@ def ask(folders: Sequence[Path], mountpoint: Path, do: str, **request: Any) -> A
             try:
                 connection.settimeout(_ANSWER_SECONDS)
                 connection.connect(os.fspath(path))
-                connection.sendall(msgspec.json.encode({"do": do, **request}) + b"\n")
-                answer = msgspec.json.decode(_line(connection, MAX_ANSWER_NBYTES), type=dict[str, Any])
+                connection.sendall(_encoded({"do": do, **request}))
+                answer = dict(json.loads(_line(connection, MAX_ANSWER_NBYTES)))
             except PermissionError:
                 denied = path
                 continue
             except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
                 continue
-            except (OSError, msgspec.DecodeError) as error:
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 raise MountFailed(
                     "the daemon does not answer", where=mountpoint, detail=str(error), remedy="see its log"
                 ) from None

@@ -7,6 +7,7 @@ by name (metrics at an address) fails the start.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import signal
@@ -115,15 +116,17 @@ class Served(Observed):
 
     def _noted(self) -> dict[str, float]:
         try:
-            return msgspec.json.decode(self._notes().read_bytes(), type=dict[str, float])
-        except (OSError, msgspec.DecodeError):
+            noted = json.loads(self._notes().read_bytes())
+            return {str(path): float(at) for path, at in noted.items()}
+        except (OSError, ValueError, AttributeError, TypeError, RecursionError):
             return {}
 
     def _note_opened(self) -> None:
         opened = dict(self.counters.lately_opened()[:_NOTED])
         try:
             with TemporaryFile(self._notes().parent) as temporary:
-                temporary.file.write(msgspec.json.encode(opened))
+                # Not msgspec: names may hold bytes that are no UTF-8, which only escapes carry.
+                temporary.file.write(json.dumps(opened).encode())
                 temporary.commit(self._notes(), replace=True)
         except HydraError as error:  # a store that cannot be written: nothing is noted
             log.debug("what was opened is not noted: %s", error)
