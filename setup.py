@@ -16,7 +16,7 @@ setup(
         Extension(
             "hydrafs._rans",
             sources=[f"hydrafs/native/rans_{part}.c" for part in ("core", "encode", "train", "simd", "module")],
-            depends=["hydrafs/native/rans_core.h"],
+            depends=["hydrafs/native/rans_core.h", "hydrafs/native/rans_blocks.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE else [],
             extra_compile_args=UNIX_FLAGS,
             libraries=[] if sys.platform == "win32" else ["m"],

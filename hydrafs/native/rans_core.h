@@ -99,11 +99,10 @@ typedef struct {
     const uint8_t *stream, *limit;
 } rans_job;
 
-/* Writes the words of a block, as symbols and values, backwards from `at` and gives where they begin. `key` is NULL for
- * plain ones. */
-typedef uint8_t *(*rans_writer)(const rans_model *model, const rans_class *cls, const uint8_t *key,
-                                const uint8_t *symbol, const uint32_t *value, unsigned lanes, uint32_t *state,
-                                uint8_t *at);
+/* Writes the words of a block (for each its key << 8 | symbol, and its value) backwards from `at` and gives where they
+ * begin. May spoil 32 bytes before that. */
+typedef uint8_t *(*rans_writer)(const rans_model *model, const rans_class *cls, const uint16_t *context,
+                                const uint32_t *value, unsigned lanes, uint32_t *state, uint8_t *at);
 
 typedef void (*rans_kernel)(rans_job *job);
 void rans_portable(rans_job *job);
@@ -111,7 +110,9 @@ void rans_portable(rans_job *job);
 #define RANS_X86 1
 void rans_avx2(rans_job *job);
 void rans_avx512(rans_job *job);
-uint8_t *rans_write_avx512(const rans_model *model, const rans_class *cls, const uint8_t *key, const uint8_t *symbol,
+uint8_t *rans_write_avx2(const rans_model *model, const rans_class *cls, const uint16_t *context,
+                         const uint32_t *value, unsigned lanes, uint32_t *state, uint8_t *at);
+uint8_t *rans_write_avx512(const rans_model *model, const rans_class *cls, const uint16_t *context,
                            const uint32_t *value, unsigned lanes, uint32_t *state, uint8_t *at);
 #endif
 /* "avx512", "avx2" or "portable": fills `kernel` and gives 0 if this machine has it. It stands for the encoder of that

@@ -5,11 +5,10 @@
  * Invariant: what is written does not depend on the kernel.
  */
 
-#include "rans_core.h"
+#include "rans_blocks.h"
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
 /* Whether a class is keyed by the leading bits of the mantissa. */
 static inline int by_mantissa(const rans_model *m, unsigned c)
@@ -17,20 +16,7 @@ static inline int by_mantissa(const rans_model *m, unsigned c)
     return m->format.is_float && !m->plain && m->cls[c].shift != m->format.mantissa;
 }
 
-static inline unsigned dictionary_symbol(const rans_model *m, uint32_t value)
-{
-    for (unsigned i = 0; i < m->dictionary_count; i++)
-        if (m->dictionary[i] == value)
-            return RANS_DICTIONARY + i;
-    return rans_bucket(value);
-}
-
-static inline uint32_t split_plain(rans_format f, uint32_t word)
-{
-    const unsigned bits = 8 * f.nbytes;
-    return f.is_float ? (word << 1 | word >> (bits - 1)) & (0xffffffffu >> (32 - bits)) : word;
-}
-
+#define AHEAD 4096 /* bytes that are asked for before their turn */
 #define COST_AT(key, symbol) ((((size_t)(key) << 8) + (symbol)) << 4)
 #define COST_HALF ((size_t)RANS_KEYS << 12)
 
@@ -95,63 +81,17 @@ rans_status rans_prepare(rans_model *m)
     return RANS_OK;
 }
 
-/* One block on its way: residuals, or plain words turned and flipped; symbols; keys of both kinds. */
-typedef struct {
-    uint32_t value[RANS_BLOCK], differs;
-    uint8_t symbol[RANS_BLOCK], key[2][RANS_BLOCK];
-} block;
-
-INLINE void fill_block(const rans_model *m, const rans_class by[2], unsigned w, unsigned is_float, int plain,
-                       const uint8_t *prediction, const uint8_t *target, block *b)
-{
-    const rans_format f = {w, (int)is_float, m->format.mantissa};
-    const unsigned shift = 8 * w - 8;
-    const uint32_t flip = (uint32_t)m->flip << shift;
-    uint32_t differs = 0;
-    for (unsigned i = 0; i < RANS_BLOCK; i++) {
-        const uint32_t t = rans_load(target + w * i, w);
-        if (plain) {
-            b->value[i] = split_plain(f, t) ^ flip;
-            b->symbol[i] = (uint8_t)(b->value[i] >> shift);
-            differs |= t;
-        } else {
-            const uint32_t p = rans_load(prediction + w * i, w);
-            b->value[i] = rans_residual(f, p, t);
-            differs |= b->value[i];
-            b->key[0][i] = (uint8_t)rans_key(&by[0], p);
-            b->key[1][i] = (uint8_t)rans_key(&by[1], p);
-        }
-    }
-    b->differs = differs;
-    if (plain || !differs)
-        return;
-    if (m->dictionary_count)
-        for (unsigned i = 0; i < RANS_BLOCK; i++)
-            b->symbol[i] = (uint8_t)dictionary_symbol(m, b->value[i]);
-    else
-        for (unsigned i = 0; i < RANS_BLOCK; i++)
-            b->symbol[i] = (uint8_t)rans_bucket(b->value[i]);
-}
-
-/* Prices of all classes at once. */
-typedef uint16_t sums __attribute__((vector_size(32), aligned(2), may_alias));
-
 /* The cheapest class of a block, given the one behind it (or 16: none); `bits16` is what it costs without that. */
-INLINE unsigned choose_class(const rans_model *m, const block *b, unsigned behind, int second, uint32_t *bits16)
+INLINE unsigned choose_class(const rans_model *m, const rans_block *b, unsigned behind, int second, int wide,
+                             uint32_t *bits16)
 {
     *bits16 = 0;
     if (!b->differs)
         return 0;
-    sums total = {0};
-    if (m->plain)
-        for (unsigned i = 0; i < RANS_BLOCK; i++)
-            total += *(const sums *)(const void *)(m->cost + COST_AT(0, b->symbol[i]));
-    for (int half = 0; !m->plain && half <= second; half++)
-        for (unsigned i = 0; i < RANS_BLOCK; i++)
-            total += *(const sums *)(const void *)(m->cost + (half ? COST_HALF : 0) +
-                                                   COST_AT(b->key[half][i], b->symbol[i]));
-    uint16_t sum[16];
-    memcpy(sum, &total, sizeof sum);
+    uint16_t sum[16] = {0};
+    rans_price(m->cost, b->context[0], wide, sum);
+    if (second)
+        rans_price(m->cost + COST_HALF, b->context[1], wide, sum);
     unsigned best = 1;
     uint32_t least = UINT32_MAX;
     for (unsigned c = 1; c <= m->classes; c++) {
@@ -189,15 +129,18 @@ static inline uint32_t put_raw(uint32_t x, uint32_t value, unsigned width, uint8
 }
 
 /* Writes a block backwards from `at`, and gives where it begins. */
-INLINE uint8_t *write_block(const rans_model *m, const rans_class *c, const uint8_t *key, const block *b,
+INLINE uint8_t *write_block(const rans_model *m, const rans_class *c, const uint16_t *context, const rans_block *b,
                             unsigned lanes, unsigned w, int plain, uint32_t *restrict state, uint8_t *at)
 {
+    const rans_entry *row[RANS_KEYS];
+    for (unsigned k = 0; k < RANS_KEYS; k++)
+        row[k] = m->entries[c->map[k]];
     for (unsigned first = RANS_BLOCK; first > 0;) {
         const rans_entry *entry[RANS_MAX_LANES];
         unsigned any = 0;
         first -= lanes;
         for (unsigned j = 0; j < lanes; j++) {
-            entry[j] = &m->entries[c->map[plain ? 0 : key[first + j]]][b->symbol[first + j]];
+            entry[j] = row[context[first + j] >> 8] + (context[first + j] & 255);
             any |= entry[j]->width;
         }
         if (w == 4 && !plain && any > 16)
@@ -206,7 +149,7 @@ INLINE uint8_t *write_block(const rans_model *m, const rans_class *c, const uint
                                    entry[j]->width > 16 ? entry[j]->width - 16u : 0, &at);
         if (any)
             for (unsigned j = lanes; j-- > 0;)
-                state[j] = put_raw(state[j], plain ? b->symbol[first + j] : b->value[first + j],
+                state[j] = put_raw(state[j], plain ? context[first + j] : b->value[first + j],
                                    entry[j]->width < 16 ? entry[j]->width : 16, &at);
         for (unsigned j = lanes; j-- > 0;)
             state[j] = put(state[j], entry[j], &at);
@@ -248,14 +191,14 @@ typedef struct {
 } encoding;
 
 /* Block after block from the end, each done with while it is in the first-level cache. */
-INLINE void encode_blocks(encoding *e, unsigned w, unsigned is_float, int plain)
+INLINE void encode_blocks(encoding *e, unsigned w, unsigned is_float, int plain, int wide)
 {
     const rans_model *m = e->model;
-    rans_class by[2] = {{0, 0, 0, {0}}, {0, 0, 0, {0}}};
-    int second = 0;
+    rans_shape h = {.format = m->format, .plain = plain, .flip = m->flip, .dictionary = m->dictionary,
+                    .dictionary_count = m->dictionary_count};
     for (unsigned c = 1; c <= m->classes; c++) {
-        by[by_mantissa(m, c)] = m->cls[c];
-        second |= by_mantissa(m, c);
+        h.by[by_mantissa(m, c)] = m->cls[c];
+        h.second |= by_mantissa(m, c);
     }
     const size_t rest = e->words % RANS_BLOCK, whole = e->words / RANS_BLOCK;
     uint8_t last_prediction[4 * RANS_BLOCK] = {0}, last_target[4 * RANS_BLOCK] = {0};
@@ -265,14 +208,14 @@ INLINE void encode_blocks(encoding *e, unsigned w, unsigned is_float, int plain)
             memcpy(last_prediction, e->prediction + whole * RANS_BLOCK * w, rest * w);
     }
     uint32_t state[RANS_MAX_LANES], bits16;
-    block b;
+    rans_block b;
     /* A few blocks tell how long the stream will be: a state more costs two bytes, which a long one does not notice. */
     uint64_t sampled = 0;
     const size_t samples = whole < 16 ? whole : 16;
     for (size_t i = 0; i < samples; i++) {
         const size_t at = i * whole / samples * RANS_BLOCK * w;
-        fill_block(m, by, w, is_float, plain, plain ? NULL : e->prediction + at, e->target + at, &b);
-        choose_class(m, &b, 16, second, &bits16);
+        rans_fill(&h, w, is_float, plain, plain ? NULL : e->prediction + at, e->target + at, &b);
+        choose_class(m, &b, 16, h.second, wide, &bits16);
         sampled += bits16;
     }
     e->lanes = samples && sampled * (whole / samples) >= (uint64_t)16 * 8 * 24576 ? 64 : 32;
@@ -282,19 +225,24 @@ INLINE void encode_blocks(encoding *e, unsigned w, unsigned is_float, int plain)
     for (size_t i = e->blocks; i-- > 0;) {
         const int last = i >= whole;
         const size_t at = i * RANS_BLOCK * w;
-        fill_block(m, by, w, is_float, plain, plain ? NULL : last ? last_prediction : e->prediction + at,
+        for (unsigned ahead = 0; at >= AHEAD && ahead < RANS_BLOCK * w; ahead += 64) { /* processors fetch forwards */
+            __builtin_prefetch(e->target + at - AHEAD + ahead);
+            if (!plain)
+                __builtin_prefetch(e->prediction + at - AHEAD + ahead);
+        }
+        rans_fill(&h, w, is_float, plain, plain ? NULL : last ? last_prediction : e->prediction + at,
                    last ? last_target : e->target + at, &b);
-        c = choose_class(m, &b, c, second, &bits16);
+        c = choose_class(m, &b, c, h.second, wide, &bits16);
         e->classes[i] = (uint8_t)c;
         if (!c)
             continue;
-        const uint8_t *key = b.key[by_mantissa(m, c)];
+        const uint16_t *context = b.context[by_mantissa(m, c)];
         if (e->writer)
-            e->stream = e->writer(m, &m->cls[c], plain ? NULL : key, b.symbol, b.value, e->lanes, state, e->stream);
+            e->stream = e->writer(m, &m->cls[c], context, b.value, e->lanes, state, e->stream);
         else if (e->lanes == 32)
-            e->stream = write_block(m, &m->cls[c], key, &b, 32, w, plain, state, e->stream);
+            e->stream = write_block(m, &m->cls[c], context, &b, 32, w, plain, state, e->stream);
         else
-            e->stream = write_block(m, &m->cls[c], key, &b, 64, w, plain, state, e->stream);
+            e->stream = write_block(m, &m->cls[c], context, &b, 64, w, plain, state, e->stream);
         if (plain && w > 1)
             e->raw = write_raw(b.value, last ? rest : RANS_BLOCK, w, e->words, e->raw);
     }
@@ -304,60 +252,24 @@ INLINE void encode_blocks(encoding *e, unsigned w, unsigned is_float, int plain)
     }
 }
 
-INLINE void encode_any(encoding *e)
+INLINE void encode_any(encoding *e, int wide)
 {
-    const rans_format f = e->model->format;
-    const int plain = e->model->plain;
-#define CASE(W, F, P)                                                                                                  \
-    if (f.nbytes == W && (f.is_float != 0) == F && plain == P)                                                         \
-        encode_blocks(e, W, F, P);
-    CASE(2, 1, 0)
-    CASE(4, 1, 0)
-    CASE(1, 1, 0)
-    CASE(2, 0, 0)
-    CASE(4, 0, 0)
-    CASE(1, 0, 0)
-    CASE(2, 1, 1)
-    CASE(4, 1, 1)
-    CASE(1, 1, 1)
-    CASE(2, 0, 1)
-    CASE(4, 0, 1)
-    CASE(1, 0, 1)
-#undef CASE
+#define RUN(W, F, P) encode_blocks(e, W, F, P, wide)
+    RANS_EACH_FORMAT(e->model->format, e->model->plain, RUN);
+#undef RUN
 }
+RANS_LEVELS(encode, encoding)
 
-/* The same code for newer machines: shifts and counts in one instruction, and what the compiler makes of the loops. */
-typedef void (*encoder)(encoding *e);
-
-static void encode_portable(encoding *e)
-{
-    encode_any(e);
-}
-
-#ifdef RANS_X86
-__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt"))) static void encode_avx2(encoding *e)
-{
-    encode_any(e);
-}
-
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512cd,avx2,bmi,bmi2,lzcnt,popcnt"))) static void
-encode_avx512(encoding *e)
-{
-    e->writer = rans_write_avx512;
-    encode_any(e);
-}
-#endif
-
-static encoder find_encoder(rans_kernel kernel)
+static rans_writer find_writer(rans_kernel kernel)
 {
 #ifdef RANS_X86
     if (kernel == rans_avx512)
-        return encode_avx512;
+        return rans_write_avx512;
     if (kernel == rans_avx2)
-        return encode_avx2;
+        return rans_write_avx2;
 #endif
     (void)kernel;
-    return encode_portable;
+    return NULL;
 }
 
 rans_status rans_encode(const rans_models *models, rans_kernel kernel, rans_format format, const uint8_t *prediction,
@@ -387,8 +299,9 @@ rans_status rans_encode(const rans_models *models, rans_kernel kernel, rans_form
             return RANS_NO_MEMORY;
         uint8_t *class_end = memory + blocks + class_room, *raw_end = class_end + words;
         uint8_t *stream_end = class_end + raw_room + stream_room;
-        encoding e = {m, prediction, target, words, blocks, memory, raw_end, stream_end, 32, NULL};
-        find_encoder(kernel)(&e);
+        encoding e = {m, prediction, target, words, blocks, memory, raw_end, stream_end, 32,
+                      find_writer(kernel)};
+        encode(kernel, &e);
         uint8_t *class_stream = write_classes(m, e.classes, blocks, class_end);
         const size_t class_nbytes = (size_t)(class_end - class_stream), coded = (size_t)(raw_end - e.raw);
         const size_t stream_nbytes = (size_t)(stream_end - e.stream);

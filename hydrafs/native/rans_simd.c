@@ -266,8 +266,8 @@ WIDE_INLINE __m512i divide512(__m512i x, __m512i by)
     return _mm512_inserti32x8(_mm512_castsi256_si512(_mm512_cvttpd_epu32(low)), _mm512_cvttpd_epu32(high), 1);
 }
 
-WIDE_INLINE uint8_t *write512(const rans_model *m, const rans_class *c, const uint8_t *key, const uint8_t *symbol,
-                              const uint32_t *value, uint32_t *state, uint8_t *at, const unsigned G)
+WIDE_INLINE uint8_t *write512(const rans_model *m, const rans_class *c, const uint16_t *context, const uint32_t *value,
+                              uint32_t *state, uint8_t *at, const unsigned G)
 {
     const __m128i up = _mm_cvtsi32_si128(32 - (int)m->bits);
     const __m512i total = _mm512_set1_epi32(1 << m->bits), most = _mm512_set1_epi32(16);
@@ -275,12 +275,13 @@ WIDE_INLINE uint8_t *write512(const rans_model *m, const rans_class *c, const ui
     __m512i x[4];
     EACH x[g] = _mm512_loadu_si512(state + 16 * g);
     for (unsigned first = RANS_BLOCK; first > 0;) {
-        __m512i entry[4], width[4], any = _mm512_setzero_si512();
+        __m512i entry[4], width[4], symbol[4], any = _mm512_setzero_si512();
         first -= 16 * G;
         EACH {
-            const __m512i k = key ? load512(key + first + 16 * g, 1) : _mm512_setzero_si512();
+            const __m512i both = load512((const uint8_t *)(context + first + 16 * g), 2);
+            symbol[g] = _mm512_and_si512(both, _mm512_set1_epi32(255));
             const __m512i index =
-                _mm512_or_si512(_mm512_permutexvar_epi32(k, map), load512(symbol + first + 16 * g, 1));
+                _mm512_or_si512(_mm512_permutexvar_epi32(_mm512_srli_epi32(both, 8), map), symbol[g]);
             entry[g] = _mm512_i32gather_epi32(index, m->packed, 4);
             width[g] = _mm512_srli_epi32(entry[g], 26);
             any = _mm512_or_si512(any, width[g]);
@@ -291,8 +292,7 @@ WIDE_INLINE uint8_t *write512(const rans_model *m, const rans_class *c, const ui
                                   _mm512_subs_epu16(width[g], most), &at);
         if (_mm512_test_epi32_mask(any, any))
             for (unsigned g = G; g-- > 0;)
-                x[g] = put_raw512(x[g], key ? _mm512_loadu_si512(value + first + 16 * g)
-                                            : load512(symbol + first + 16 * g, 1),
+                x[g] = put_raw512(x[g], m->plain ? symbol[g] : _mm512_loadu_si512(value + first + 16 * g),
                                   _mm512_min_epu32(width[g], most), &at);
         for (unsigned g = G; g-- > 0;) {
             const __m512i start = _mm512_and_si512(entry[g], _mm512_set1_epi32(0x1fff));
@@ -308,11 +308,10 @@ WIDE_INLINE uint8_t *write512(const rans_model *m, const rans_class *c, const ui
     return at;
 }
 
-WIDE uint8_t *rans_write_avx512(const rans_model *m, const rans_class *c, const uint8_t *key, const uint8_t *symbol,
+WIDE uint8_t *rans_write_avx512(const rans_model *m, const rans_class *c, const uint16_t *context,
                                 const uint32_t *value, unsigned lanes, uint32_t *state, uint8_t *at)
 {
-    return lanes == 32 ? write512(m, c, key, symbol, value, state, at, 2)
-                       : write512(m, c, key, symbol, value, state, at, 4);
+    return lanes == 32 ? write512(m, c, context, value, state, at, 2) : write512(m, c, context, value, state, at, 4);
 }
 
 /* ---- AVX2: 8 lanes ------------------------------------------------------------------------------------------ */
@@ -501,6 +500,100 @@ NARROW_INLINE void run256(rans_job *job, const unsigned w, const int is_float, c
 NARROW void rans_avx2(rans_job *job)
 {
     DISPATCH(run256, 8)
+}
+
+/* For each set of lanes that give off a word, which lanes these are, in their order and at the end. */
+#define TAKE(m, j, row) ((row) >> (8 * BIT(m, j)) | (uint64_t)(BIT(m, j) * j) << 56)
+#undef ROW
+#define ROW(m)                                                                                                         \
+    TAKE((uint64_t)m, 7, TAKE(m, 6, TAKE(m, 5, TAKE(m, 4, TAKE(m, 3, TAKE(m, 2, TAKE(m, 1, TAKE(m, 0, 0ull))))))))
+static const uint64_t compression[256] = {ROWS64(0), ROWS64(64), ROWS64(128), ROWS64(192)};
+
+NARROW_INLINE __m256i above256(__m256i x, __m256i last)
+{
+    const __m256i top = _mm256_set1_epi32((int)0x80000000u);
+    return _mm256_cmpgt_epi32(_mm256_xor_si256(x, top), _mm256_xor_si256(last, top));
+}
+
+/* Gives off the low words of the states above `last`; what it writes before them, later words overwrite. */
+NARROW_INLINE __m256i give256(__m256i x, __m256i last, uint8_t **at)
+{
+    const __m256i over = above256(x, last);
+    const unsigned lanes = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(over));
+    store256(*at - 16, _mm256_permutevar8x32_epi32(x, load256((const uint8_t *)&compression[lanes], 1)), 2);
+    *at -= 2 * (unsigned)_mm_popcnt_u32(lanes);
+    return _mm256_srlv_epi32(x, _mm256_and_si256(over, _mm256_set1_epi32(16)));
+}
+
+NARROW_INLINE __m256i put_raw256(__m256i x, __m256i value, __m256i width, uint8_t **at)
+{
+    const __m256i ones = _mm256_set1_epi32(-1);
+    x = _mm256_sllv_epi32(give256(x, _mm256_srlv_epi32(ones, width), at), width);
+    return _mm256_or_si256(x, _mm256_andnot_si256(_mm256_sllv_epi32(ones, width), value));
+}
+
+NARROW_INLINE __m128i divide256_half(__m128i x, __m128i by)
+{
+    const __m256d dividend = _mm256_add_pd(_mm256_cvtepi32_pd(_mm_xor_si128(x, _mm_set1_epi32((int)0x80000000u))),
+                                           _mm256_set1_pd(2147483648.0));
+    return _mm256_cvttpd_epi32(_mm256_div_pd(dividend, _mm256_cvtepi32_pd(by)));
+}
+
+/* As divide512; the quotient is below 2**24. */
+NARROW_INLINE __m256i divide256(__m256i x, __m256i by)
+{
+    const __m128i low = divide256_half(_mm256_castsi256_si128(x), _mm256_castsi256_si128(by));
+    const __m128i high = divide256_half(_mm256_extracti128_si256(x, 1), _mm256_extracti128_si256(by, 1));
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+}
+
+NARROW_INLINE uint8_t *write256(const rans_model *m, const rans_class *c, const uint16_t *context, const uint32_t *value,
+                                uint32_t *state, uint8_t *at, const unsigned G)
+{
+    const __m128i up = _mm_cvtsi32_si128(32 - (int)m->bits);
+    const __m256i total = _mm256_set1_epi32(1 << m->bits), most = _mm256_set1_epi32(16);
+    const __m256i map = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)c->map));
+    const __m256i field = _mm256_set1_epi32(0x1fff), upper = _mm256_set1_epi32((int)0x80808000);
+    __m256i x[8];
+    EACH x[g] = load256((const uint8_t *)(state + 8 * g), 4);
+    for (unsigned first = RANS_BLOCK; first > 0;) {
+        __m256i entry[8], any = _mm256_setzero_si256();
+        first -= 8 * G;
+        EACH {
+            const __m256i both = load256((const uint8_t *)(context + first + 8 * g), 2);
+            const __m256i symbol = _mm256_and_si256(both, _mm256_set1_epi32(255));
+            const __m256i row = _mm256_shuffle_epi8(map, _mm256_or_si256(_mm256_srli_epi32(both, 8), upper));
+            entry[g] = _mm256_i32gather_epi32((const int *)(const void *)m->packed,
+                                              _mm256_or_si256(_mm256_slli_epi32(row, 8), symbol), 4);
+            any = _mm256_or_si256(any, _mm256_srli_epi32(entry[g], 26));
+        }
+        if (!_mm256_testz_si256(_mm256_cmpgt_epi32(any, most), _mm256_set1_epi32(-1)))
+            for (unsigned g = G; g-- > 0;)
+                x[g] = put_raw256(x[g], _mm256_srli_epi32(load256((const uint8_t *)(value + first + 8 * g), 4), 16),
+                                  _mm256_subs_epu16(_mm256_srli_epi32(entry[g], 26), most), &at);
+        if (!_mm256_testz_si256(any, any))
+            for (unsigned g = G; g-- > 0;)
+                x[g] = put_raw256(x[g], m->plain ? _mm256_and_si256(load256((const uint8_t *)(context + first + 8 * g), 2),
+                                                                    _mm256_set1_epi32(255))
+                                                 : load256((const uint8_t *)(value + first + 8 * g), 4),
+                                  _mm256_min_epu32(_mm256_srli_epi32(entry[g], 26), most), &at);
+        for (unsigned g = G; g-- > 0;) {
+            const __m256i frequency = _mm256_and_si256(_mm256_srli_epi32(entry[g], 13), field);
+            const __m256i last = _mm256_sub_epi32(_mm256_sll_epi32(frequency, up), _mm256_set1_epi32(1));
+            x[g] = give256(x[g], last, &at);
+            const __m256i q = divide256(x[g], frequency);
+            x[g] = _mm256_add_epi32(_mm256_add_epi32(x[g], _mm256_and_si256(entry[g], field)),
+                                    _mm256_mullo_epi32(q, _mm256_sub_epi32(total, frequency)));
+        }
+    }
+    EACH _mm256_storeu_si256((__m256i *)(void *)(state + 8 * g), x[g]);
+    return at;
+}
+
+NARROW uint8_t *rans_write_avx2(const rans_model *m, const rans_class *c, const uint16_t *context,
+                                const uint32_t *value, unsigned lanes, uint32_t *state, uint8_t *at)
+{
+    return lanes == 32 ? write256(m, c, context, value, state, at, 4) : write256(m, c, context, value, state, at, 8);
 }
 
 #endif
