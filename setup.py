@@ -15,8 +15,10 @@ setup(
     ext_modules=[
         Extension(
             "hydrafs._rans",
-            sources=[f"hydrafs/native/rans_{part}.c" for part in ("core", "encode", "train", "simd", "module")],
-            depends=["hydrafs/native/rans_core.h", "hydrafs/native/rans_blocks.h"],
+            sources=[
+                f"hydrafs/native/rans_{part}.c" for part in ("core", "encode", "train", "tables", "simd", "module")
+            ],
+            depends=[f"hydrafs/native/rans_{part}.h" for part in ("core", "blocks", "train")],
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE else [],
             extra_compile_args=UNIX_FLAGS,
             libraries=[] if sys.platform == "win32" else ["m"],

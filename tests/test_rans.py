@@ -290,6 +290,24 @@ def test_training_thins_what_is_much():
     assert sum(sizes) < 0.4 * known.size
 
 
+@pytest.mark.parametrize("dtype", CODED, ids=lambda d: d.name)
+def test_every_level_trains_and_encodes_the_same(dtype):
+    rng = np.random.default_rng(14)
+    known = weights(rng, dtype, 300_001)
+    made = []
+    for scale in (0.2, 3, 400):
+        target = moved(rng, known, scale)
+        pairs = [(as_bytes(known), as_bytes(target)), (None, as_bytes(target[:70_000]))]
+        for level in NATIVE:
+            rans.force(level)
+            params = CODEC.train(pairs, dtype)
+            payloads = [CODEC.encode(*pair, dtype, params) for pair in pairs]
+            own = CODEC.encode(*pairs[0], dtype, b"")
+            made.append((scale, params, payloads, own))
+    first = {scale: what for scale, *what in reversed(made)}
+    assert [level for level, (scale, *what) in zip(NATIVE * 3, made, strict=True) if what != first[scale]] == []
+
+
 def test_no_prediction_beats_bytes():
     rng = np.random.default_rng(11)
     for name, bound in (("F16", 0.86), ("BF16", 0.69), ("F32", 0.85)):

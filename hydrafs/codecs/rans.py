@@ -118,7 +118,7 @@ class RansCodec:
         Pairs without a prediction train what codes such chunks. At most half a million words of either kind are kept.
         Empty where nothing can be learned: no samples, words of 8 bytes, no extension.
         """
-        return bytes(_native.train(samples, *_format(dtype))) if _native else b""
+        return bytes(_native.train(samples, _kernel(), *_format(dtype))) if _native else b""
 
     def encode(self, prediction: Words | None, target: Words, dtype: DType, params: bytes) -> bytes:
         """The payload: with ``params``, or with its own where these are empty or of another kind."""
@@ -129,7 +129,7 @@ class RansCodec:
             return _squeeze(_native.encode(_model(params), _kernel(), prediction, target, *form))
         except ValueError:
             pass  # params without such a model, or damaged ones
-        own = bytes(_native.train([(prediction, target)], *form))
+        own = bytes(_native.train([(prediction, target)], _kernel(), *form))
         payload = _squeeze(_native.encode(_model.__wrapped__(own), _kernel(), prediction, target, *form))
         if payload[0] & rans_reference.MODE_MASK in (rans_reference.STORED, rans_reference.CONSTANT):
             return payload

@@ -134,16 +134,15 @@ rans_status rans_encode(const rans_models *models, rans_kernel kernel, rans_form
 typedef struct {
     rans_format format;
     int plain;
-    uint32_t *value; /* residuals, or words */
-    uint32_t *word;  /* the predicting word (residual) */
-    size_t count, room;
+    uint8_t *target, *prediction; /* prediction: NULL for plain ones */
+    size_t count;                 /* of words */
     unsigned stride, phase; /* one of `stride` blocks is kept */
     uint64_t seen;          /* words seen in all */
 } rans_samples;
 
 rans_status rans_sample(rans_samples *samples, const uint8_t *prediction, const uint8_t *target, size_t nbytes);
-/* Appends the serialised model to `*params` (realloc'ed). */
-rans_status rans_train(const rans_samples *samples, uint8_t **params, size_t *nbytes);
+/* Appends the serialised model to `*params` (realloc'ed), the same with any kernel. */
+rans_status rans_train(const rans_samples *samples, rans_kernel kernel, uint8_t **params, size_t *nbytes);
 
 /* Shared by encoder, trainer and the portable kernel. */
 static inline uint32_t rans_load(const uint8_t *at, unsigned nbytes)

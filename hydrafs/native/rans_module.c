@@ -205,10 +205,16 @@ static PyObject *py_train(PyObject *self, PyObject *args)
 {
     PyObject *iterable, *pair, *result = NULL;
     rans_format format;
+    const char *level;
+    rans_kernel kernel;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OIpI:train", &iterable, &format.nbytes, &format.is_float, &format.mantissa) ||
+    if (!PyArg_ParseTuple(args, "OsIpI:train", &iterable, &level, &format.nbytes, &format.is_float, &format.mantissa) ||
         !good_format(format.nbytes, format.is_float, format.mantissa))
         return NULL;
+    if (rans_find_kernel(level, &kernel)) {
+        PyErr_SetString(PyExc_LookupError, level);
+        return NULL;
+    }
     if (format.nbytes == 8)
         return PyBytes_FromStringAndSize(NULL, 0);
     PyObject *iterator = PyObject_GetIter(iterable);
@@ -230,17 +236,17 @@ static PyObject *py_train(PyObject *self, PyObject *args)
         size_t nbytes = 0;
         rans_status status;
         Py_BEGIN_ALLOW_THREADS
-        status = rans_train(&samples[0], &params, &nbytes);
+        status = rans_train(&samples[0], kernel, &params, &nbytes);
         if (status == RANS_OK)
-            status = rans_train(&samples[1], &params, &nbytes);
+            status = rans_train(&samples[1], kernel, &params, &nbytes);
         Py_END_ALLOW_THREADS
         result = status != RANS_OK ? fail(status)
                                    : PyBytes_FromStringAndSize((const char *)params, (Py_ssize_t)nbytes);
         free(params);
     }
     for (int i = 0; i < 2; i++) {
-        free(samples[i].value);
-        free(samples[i].word);
+        free(samples[i].target);
+        free(samples[i].prediction);
     }
     return result;
 }
@@ -271,7 +277,7 @@ static PyMethodDef methods[] = {
      "encode(model, level, prediction, target, word_nbytes, is_float, mantissa): a payload"},
     {"decode_into", py_decode_into, METH_VARARGS,
      "decode_into(model, level, prediction, payload, out, word_nbytes, is_float, mantissa)"},
-    {"train", py_train, METH_VARARGS, "train(pairs, word_nbytes, is_float, mantissa): params"},
+    {"train", py_train, METH_VARARGS, "train(pairs, level, word_nbytes, is_float, mantissa): params"},
     {"levels", py_levels, METH_NOARGS, "levels(): the kernels this machine can run, fastest first"},
     {NULL, NULL, 0, NULL},
 };

@@ -7,7 +7,8 @@ here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-$here/../../build/fuzz}
 mkdir -p "$out"
 native=$here/../../hydrafs/native
-sources="$here/rans_fuzz.c $native/rans_core.c $native/rans_encode.c $native/rans_train.c $native/rans_simd.c"
+sources="$here/rans_fuzz.c $native/rans_core.c $native/rans_encode.c"
+sources="$sources $native/rans_train.c $native/rans_tables.c $native/rans_simd.c"
 flags="-std=c11 -D_GNU_SOURCE -O2 -g -fno-omit-frame-pointer -fno-sanitize-recover=all"
 if command -v clang > /dev/null 2>&1; then
   # shellcheck disable=SC2086

@@ -107,19 +107,32 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         rans_samples samples;
         uint8_t *made = NULL;
         size_t made_nbytes = 0;
+        rans_kernel kernel;
         memset(&samples, 0, sizeof samples);
         samples.format = f;
         samples.plain = !known;
         check(rans_sample(&samples, known, target, nbytes) == RANS_OK);
-        check(rans_train(&samples, &made, &made_nbytes) == RANS_OK);
+        for (size_t i = 0; i < 3; i++) {
+            uint8_t *again = NULL;
+            size_t again_nbytes = 0;
+            if (rans_find_kernel(names[i], &kernel))
+                continue;
+            check(rans_train(&samples, kernel, &again, &again_nbytes) == RANS_OK);
+            check(!i || (again_nbytes == made_nbytes && (!made || !memcmp(again, made, made_nbytes))));
+            free(i ? again : NULL);
+            if (!i) {
+                made = again;
+                made_nbytes = again_nbytes;
+            }
+        }
         if (made_nbytes) {
             check(rans_parse(made, made_nbytes, &models) == RANS_OK);
             round_trip(&models, f, known, target, nbytes);
             rans_free(&models);
         }
         free(made);
-        free(samples.value);
-        free(samples.word);
+        free(samples.target);
+        free(samples.prediction);
     }
     free(params);
     free(payload);
