@@ -11,7 +11,7 @@ MOUNTPOINT ?=
 ARGS ?=
 export STORE MOUNTPOINT
 
-.PHONY: help mount umount test test-all lint bench bench-size bench-codec bench-read bench-virtual bench-list setup-example setup-test setup-bench clean
+.PHONY: help mount umount test test-all test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list setup-example setup-test setup-bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -38,8 +38,19 @@ umount: ## unmount MOUNTPOINT (default: STORE, else the example at ./models)
 test: setup-test lint ## lint and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: setup-test lint ## lint and all tests
+test-all: setup-test lint ## lint and all tests, and those that are not slow with each kernel forced
 	$(BIN)/python -m pytest $(ARGS)
+	$(MAKE) test-kernels
+
+test-kernels: setup-test ## all tests but the slow ones, once with each kernel of rans that this machine has
+	@for level in avx512 avx2 portable; do
+	  if $(BIN)/python -c "import sys; from hydrafs.codecs import rans; sys.exit('$$level' not in rans.levels())"; then
+	    echo "test-kernels: $$level"
+	    HYDRAFS_SIMD=$$level $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	  else
+	    echo "test-kernels: no $$level here, left out"
+	  fi
+	done
 
 lint: setup-test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -193,7 +193,10 @@ stage_bench() {
   stamped bench && return 0
   say "installing what the benchmarks compare with"
   # A peer that cannot be had is left out of the tables, which say so.
-  (pip_install zipnn) || say "zipnn could not be installed; the table of sizes goes without it"
+  local peer
+  for peer in zipnn openzl; do
+    (pip_install "$peer") || say "$peer could not be installed; the table of sizes goes without it"
+  done
   stamp bench
 }
 

@@ -247,7 +247,7 @@ rans_status rans_parse(const uint8_t *params, size_t nbytes, rans_models *out)
 static inline uint32_t refill(uint32_t x, const uint8_t **stream)
 {
     /* Without a branch, since whether a state runs low is as good as random: all ones, or nothing. */
-    const uint32_t low = (uint32_t)((int32_t)((x >> 16) - 1) >> 31);
+    const uint32_t low = 0u - (x < RANS_LOW);
     const uint32_t more = rans_load(*stream, 2);
     *stream += low & 2;
     return x << (low & 16) | (more & low);
@@ -275,19 +275,22 @@ INLINE void portable_block(const rans_model *m, const rans_class *c, unsigned w,
     uint32_t value[RANS_BLOCK];
     for (unsigned k = 0; k < RANS_KEYS; k++)
         table[k] = m->slots + ((size_t)c->map[k] << bits);
-    for (unsigned i = 0; i < RANS_BLOCK; i++)
-        key[i] = (uint8_t)(plain ? 0 : rans_key(c, rans_load(prediction + w * i, w)));
+    for (unsigned i = 0; !plain && i < RANS_BLOCK; i++)
+        key[i] = (uint8_t)rans_key(c, rans_load(prediction + w * i, w));
     for (unsigned i = 0; i < RANS_BLOCK; i += lanes) {
         unsigned most = 0;
         for (unsigned j = 0; j < lanes; j++) {
             uint32_t x = state[j];
-            const uint32_t slot = table[key[i + j]][x & mask];
+            const uint32_t slot = table[plain ? 0 : key[i + j]][x & mask];
             symbol[j] = (uint8_t)slot;
             x = (x >> bits) * ((slot >> 20) + 1) + (slot >> 8 & 4095);
             state[j] = refill(x, &s16);
         }
-        for (unsigned j = 0; j < lanes; j++)
-            most |= m->width[symbol[j]];
+        for (unsigned j = 0; j < lanes; j++) { /* m->width[symbol[j]], or more; reckoned, since that goes in vectors */
+            const uint8_t s = symbol[j], known = (uint8_t)(s - RANS_DICTIONARY) < RANS_MAX_DICTIONARY;
+            const uint8_t width = (uint8_t)((s >> 3 > 1 ? s >> 3 : 1) - 1);
+            most |= plain ? s == RANS_ESCAPE : known ? 0 : width;
+        }
         if (most)
             for (unsigned j = 0; j < lanes; j++) {
                 const unsigned width = m->width[symbol[j]], n = w == 4 && width > 16 ? 16 : width;
@@ -297,7 +300,7 @@ INLINE void portable_block(const rans_model *m, const rans_class *c, unsigned w,
             }
         else
             for (unsigned j = 0; j < lanes; j++)
-                value[i + j] = m->value[symbol[j]];
+                value[i + j] = plain ? symbol[j] : m->value[symbol[j]];
         if (w == 4 && most > 16)
             for (unsigned j = 0; j < lanes; j++) {
                 const unsigned width = m->width[symbol[j]], n = width > 16 ? width - 16 : 0;
