@@ -234,9 +234,10 @@ _TYPES = {"F32": 0, "F16": 1, "BF16": 2}
 _OPS = {"get": 0, "cast": 1, "scale": 2, "divide": 3, "add": 4, "subtract": 5, "lerp": 6}
 
 
-@lru_cache(256)
 def _packed(formula: Formula) -> bytes:
-    """The steps as the extension takes them; empty for what it does not compute: F64, products, no arithmetic."""
+    """The steps as the extension takes them; empty for what it does not compute: F64, products, no arithmetic.
+
+    Made anew each time: formulas with 0.0 and with -0.0 are equal to a cache."""
     native = all(s.op in _OPS and (s.op != "cast" or s.dtype in _TYPES) for s in formula.steps)
     if not native or all(s.op in ("get", "cast") for s in formula.steps):
         return b""
@@ -329,9 +330,10 @@ def _half_numbers() -> _Array:
 
 
 @lru_cache(64)
-def _table(dtype: str, op: str, number: float) -> tuple[_Array, _Array]:
-    """What a step with one number gives for every word of a 16-bit type: as numbers, and as words. 384 KiB each."""
-    result = _scaled(_Value(dtype, np.arange(65536, dtype="<u2")).numbers, op, number)
+def _table(dtype: str, op: str, number: str) -> tuple[_Array, _Array]:
+    """What a step with one number (as ``float.hex``: 0.0 and -0.0 are two) gives for every word of a 16-bit type: as
+    numbers, and as words. 384 KiB each."""
+    result = _scaled(_Value(dtype, np.arange(65536, dtype="<u2")).numbers, op, float.fromhex(number))
     words = _Value(dtype, numbers=result).words
     return _Value(dtype, words).numbers, words
 
@@ -358,7 +360,7 @@ def _run(
         elif step.op in ("scale", "divide"):
             value = stack.pop()
             if value.dtype in ("F16", "BF16"):
-                table = _table(value.dtype, step.op, step.number)
+                table = _table(value.dtype, step.op, step.number.hex())
                 stack.append(_Value(value.dtype, value.words, table=table))
             else:
                 real = _as(value, value.dtype if value.dtype in REAL else "F32")

@@ -119,8 +119,7 @@ class Opener:
                 continue
             if opened:
                 return opened
-            if path.name == Path(parent.name).name:  # others were only looked at for their size
-                changed = changed or path
+            changed = changed or path
         digest = parent.sha256.hex()
         if changed is not None:
             raise ParentChanged(

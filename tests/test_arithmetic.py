@@ -379,7 +379,12 @@ class TestWhatDoesNotFit:
         ran = run("verify", store)
         assert ran.code == 1
         assert "b.safetensors" in ran.out + ran.err
-        bad(run("rehydrate", store / "made.ckpt", "--output", store / "extra.ckpt"), 7, "b.safetensors", "missing")
+        bad(
+            run("rehydrate", store / "made.ckpt", "--output", store / "extra.ckpt"),
+            7,
+            "b.safetensors",
+            "back in the store",
+        )
         aside.rename(paths[1])
         good(run("verify", store))
 
