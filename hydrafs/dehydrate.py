@@ -80,11 +80,13 @@ def dehydrate(
     options: Options | None = None,
     *,
     folder: Path | None = None,
+    name: str = "",
     progress: Progress | None = None,
 ) -> Outcome:
     """Store the plain file ``model`` as a diff in ``folder`` (default: its own), prove it, and remove the original.
 
     Args:
+        name: what the model is to be listed under (default: its file's name).
         progress: is told, by stage, how many more bytes of how many are done.
 
     Returns:
@@ -96,7 +98,8 @@ def dehydrate(
     options = options or Options()
     report = progress or (lambda stage, nbytes, total: None)
     folder = (folder or model.parent).resolve()
-    target = folder / (model.name + SUFFIX)
+    name = name or model.name
+    target = folder / (name + SUFFIX)
     _refuse(model)
     if not folder.is_dir():
         raise NotFound("no such folder for the diff", where=folder, remedy=f"mkdir -p {folder}")
@@ -137,9 +140,9 @@ def dehydrate(
             ahead = prefetch.Prefetch(prefetch.for_coding(source, plan.spans, plan.sections, opened))
             if not raw:
                 names = codecs_for(options.codec)
-                predictor = predictor_for(source, plan, opened, _manifest(source, layout, plan, parents))
+                predictor = predictor_for(source, plan, opened, _manifest(source, name, layout, plan, parents))
                 plan = choose_codecs(source, plan, predictor, names, jobs=options.jobs)
-            manifest = _manifest(source, layout, plan, parents)
+            manifest = _manifest(source, name, layout, plan, parents)
             share = 1.0 if raw else estimate(source, plan, opened, manifest)
             if not raw and share > 0.98:
                 return _left_alone(model, source.size, round(share * source.size), choice.reasons)
@@ -244,11 +247,11 @@ def _only_used(entries: list[ModelEntry], matches: list[Match | None]) -> tuple[
     return [entries[i] for i in used], renumbered
 
 
-def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:
+def _manifest(source: FileSource, name: str, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:
     """The manifest as it is known before the model has been read: all but its SHA-256."""
     return Manifest(
         required=features_of(plan),
-        name=plain_text(Path(source.path).name),
+        name=plain_text(name),
         size=source.size,
         sha256=bytes(32),
         mode=source.stat.st_mode,
@@ -274,7 +277,7 @@ def _evaluate(
             _check_chain(source, [parent])
             plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes)
             record = Parent(bytes(32), parent.size, candidate.entry.name, 0)
-            share = estimate(source, plan, [parent], _manifest(source, layout, plan, [record]))
+            share = estimate(source, plan, [parent], _manifest(source, candidate.entry.name, layout, plan, [record]))
             alike = share < _ALIKE and parent.size == source.size
             if alike and isinstance(parent, Rehydrated) and sha256(source) == parent.manifest.sha256:
                 return 1.0  # another copy of this very model: a diff cannot need a model of its own SHA-256

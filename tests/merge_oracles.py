@@ -61,7 +61,7 @@ def seed_add(diff: Tensors, base: Tensors, strength: float = 0, scalars: Scalars
 
 
 def seed_merge(a: Tensors, b: Tensors, alpha: float = 0.5, scalars: Scalars = "new") -> Tensors:
-    """``ckpt_merge``: alpha*A + (1-alpha)*B where both have the key, A's other keys as they are, then B's own."""
+    """``ckpt_merge``: alpha*A + (1-alpha)*B where both have the key, A's other keys as is, then keys of B alone."""
     result = dict(a)
     for key in a:
         if "model" in key and key in b:
@@ -219,8 +219,8 @@ def mbw_merge(
 
 
 def supermerger_lerp(a: Tensors, b: Tensors, alpha: float | Mapping[str, float]) -> Tensors:
-    """supermerger: lerp(A, B, alpha) in float32, as A's dtype; one alpha, or one per block. Alpha 1 takes B as it is
-    and alpha 0 leaves A."""
+    """supermerger: lerp(A, B, alpha) in float32, as A's dtype; one alpha, or one per block. Alpha 1 takes B as it is,
+    alpha 0 leaves A."""
     result = dict(a)
     for key in a:
         if "model" in key and key in b and key != POSITION_IDS:
@@ -253,8 +253,8 @@ def supermerger_difference(b: Tensors, c: Tensors) -> Tensors:
 def supermerger_add(
     a: Tensors, b: Tensors, c: Tensors, alpha: float | Mapping[str, float], *, native: bool = False
 ) -> Tensors:
-    """supermerger "Add": A + alpha*(B-C), the difference as above, the sum in float32 and then as A's dtype;
-    ``native``: in the dtypes that they have, as it was before."""
+    """supermerger "Add": A + alpha*(B-C), the difference as above, the sum in float32, as A's dtype; ``native``: in the
+    dtypes that they have, as it was before."""
     difference = supermerger_difference(b, c)
     result = dict(a)
     for key in a:

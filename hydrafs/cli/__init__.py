@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import keyword
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ _COMMANDS = {
     "convert": "Make a model with another VAE, without EMA, or in another precision.",
     "dehydrate": "Turn models into small diffs, each proved before its original goes.",
     "doctor": "What this machine has of what hydrafs needs, and what to do.",
+    "export": "Write a model as a diff of the tool that hydrafs grew from.",
+    "import": "Store a diff of the tool that hydrafs grew from as one of ours.",
     "info": "What a model is made of, per tensor.",
     "ls": "What a store holds, at what cost, against what.",
     "merge": "Make a model out of two or three others.",
@@ -45,7 +48,8 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        command = importlib.import_module(f"hydrafs.cli.{cmd_name}").command
+        module = cmd_name + "_" * keyword.iskeyword(cmd_name)
+        command = importlib.import_module(f"hydrafs.cli.{module}").command
         assert isinstance(command, click.Command)
         return command
 

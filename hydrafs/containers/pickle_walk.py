@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hydrafs.containers.cursor import Cursor
-from hydrafs.containers.symbols import Global, Storage, Thing, persistent, reduced
+from hydrafs.containers.symbols import Blob, Global, Storage, Thing, persistent, reduced
 from hydrafs.errors import BadModel
 
 MAX_OPCODES = 4_000_000
@@ -25,17 +25,19 @@ MAX_INT_NBYTES = 32
 UNKNOWN = Thing()
 
 
-def walk(cursor: Cursor, storages: dict[str, Storage]) -> object:
+def walk(cursor: Cursor, storages: dict[str, Storage], *, imports: set[str] | None = None) -> object:
     """Read one pickle and give the symbol of what it describes.
 
     Args:
         cursor: stands at the first opcode; left behind the last.
         storages: filled with every storage that the pickle names, by key.
+        imports: filled with every name that the pickle would import. With it, bytes in the pickle become ``Blob``s, so
+            that storages which are pickled in line are found; without it, they are passed over.
 
     Raises:
         BadModel: no valid pickle, or one beyond the limits.
     """
-    machine = _Machine(cursor, storages)
+    machine = _Machine(cursor, storages, imports)
     try:
         return machine.run()
     except (IndexError, KeyError, ValueError) as error:
@@ -43,9 +45,10 @@ def walk(cursor: Cursor, storages: dict[str, Storage]) -> object:
 
 
 class _Machine:
-    def __init__(self, cursor: Cursor, storages: dict[str, Storage]) -> None:
+    def __init__(self, cursor: Cursor, storages: dict[str, Storage], imports: set[str] | None) -> None:
         self.cursor = cursor
         self.storages = storages
+        self.imports = imports
         self.stack: list[object] = []
         self.outer: list[list[object]] = []  # the stacks below each mark
         self.memo: dict[int, object] = {}
@@ -101,6 +104,11 @@ class _Machine:
         self.cursor.skip(nbytes)
         return UNKNOWN
 
+    def blob(self, nbytes: int) -> object:
+        blob = UNKNOWN if self.imports is None else Blob(self.cursor.position, nbytes)
+        self.cursor.skip(nbytes)
+        return blob
+
     # --- the stack ---
 
     def mark(self) -> None:
@@ -131,8 +139,14 @@ class _Machine:
 
     # --- building ---
 
+    def named(self, module: str, name: str) -> Global:
+        symbol = Global(module, name)
+        if self.imports is not None:
+            self.imports.add(symbol.path)
+        return symbol
+
     def push_global(self, module: str, name: str) -> None:
-        self.stack.append(Global(module, name))
+        self.stack.append(self.named(module, name))
 
     def stack_global(self) -> None:
         name = self.pop_name()
@@ -189,7 +203,7 @@ class _Machine:
     def instance_of_named(self) -> None:
         module, name = self.line(), self.line()
         args = self.above_mark()
-        self.instance(Global(module, name), args)
+        self.instance(self.named(module, name), args)
 
     def quoted(self) -> None:
         line = self.cursor.line(MAX_STRING_NBYTES).strip()
@@ -294,11 +308,11 @@ _ACTIONS: dict[bytes, _Action] = {
     b"\x89": _push(lambda m: False),
     b"\x8a": _push(lambda m: m.long(m.number(1))),
     b"\x8b": _push(lambda m: m.long(m.number(4))),
-    b"B": _push(lambda m: m.unknown(m.number(4))),
-    b"C": _push(lambda m: m.unknown(m.number(1))),
+    b"B": _push(lambda m: m.blob(m.number(4))),
+    b"C": _push(lambda m: m.blob(m.number(1))),
     b"\x8c": _push(lambda m: m.text(m.number(1))),
     b"\x8d": _push(lambda m: m.text(m.number(8))),
-    b"\x8e": _push(lambda m: m.unknown(m.number(8))),
+    b"\x8e": _push(lambda m: m.blob(m.number(8))),
     b"\x8f": _push(lambda m: []),
     b"\x90": lambda m: m.extend(m.above_mark()),
     b"\x91": _push(_Machine.above_mark),

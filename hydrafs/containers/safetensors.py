@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import NamedTuple
 
 import msgspec
 
@@ -26,12 +27,20 @@ MAX_METADATA_PAIRS = 64
 MAX_METADATA_NBYTES = 1 << 16
 
 
-class _Entry(msgspec.Struct):
-    """One tensor of a header."""
+class Entry(msgspec.Struct):
+    """One tensor of a header; ``data_offsets`` count from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
     data_offsets: tuple[int, int]
+
+
+class Header(NamedTuple):
+    """A header, and where the tensors' bytes begin."""
+
+    entries: dict[str, Entry]
+    metadata: tuple[tuple[str, str], ...]
+    data_offset: int
 
 
 def sniff(head: bytes, size: int) -> bool:
@@ -46,6 +55,30 @@ def parse(source: ByteSource) -> Layout:
     Raises:
         BadModel: the length or the JSON of the header breaks the format's rules.
     """
+    header = read_header(source)
+    naming = Naming()
+    spans: list[Span] = []
+    views: list[View] = []
+    strided: list[str] = []
+    for name, entry in header.entries.items():
+        span = _span(naming, name, entry, header.data_offset)
+        if span is None:
+            continue
+        if span.nbytes:
+            spans.append(span)
+        if entry.dtype in DTYPES:
+            views.append(View(span.name, span.dtype, span.shape, span.offset))
+        else:
+            strided.append(span.name)
+    return cover(CONTAINER, source.size, spans, header.metadata, views, strided)
+
+
+def read_header(source: ByteSource) -> Header:
+    """What a header says, as it says it: neither types nor offsets are checked.
+
+    Raises:
+        BadModel: as for ``parse``.
+    """
     size = source.size
     prefix = source.pread(0, 8)
     if len(prefix) < 8:
@@ -57,30 +90,16 @@ def parse(source: ByteSource) -> Layout:
     if header.count(b":") > MAX_COLONS:
         raise BadModel("a safetensors header has too many entries", detail=f"over {MAX_COLONS}")
     try:
-        entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
-        metadata = _metadata(entries.pop("__metadata__", None))
-        decoder = msgspec.json.Decoder(_Entry)
-        tensors = [(name, decoder.decode(raw)) for name, raw in entries.items()]
+        raw_entries = msgspec.json.decode(header, type=dict[str, msgspec.Raw])
+        metadata = _metadata(raw_entries.pop("__metadata__", None))
+        decoder = msgspec.json.Decoder(Entry)
+        entries = {name: decoder.decode(raw) for name, raw in raw_entries.items()}
     except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise BadModel("a safetensors header is damaged", detail=str(error)[:200]) from error
-    naming = Naming()
-    spans: list[Span] = []
-    views: list[View] = []
-    strided: list[str] = []
-    for name, entry in tensors:
-        span = _span(naming, name, entry, 8 + header_nbytes)
-        if span is None:
-            continue
-        if span.nbytes:
-            spans.append(span)
-        if entry.dtype in DTYPES:
-            views.append(View(span.name, span.dtype, span.shape, span.offset))
-        else:
-            strided.append(span.name)
-    return cover(CONTAINER, size, spans, metadata, views, strided)
+    return Header(entries, metadata, 8 + header_nbytes)
 
 
-def _span(naming: Naming, name: str, entry: _Entry, data_offset: int) -> Span | None:
+def _span(naming: Naming, name: str, entry: Entry, data_offset: int) -> Span | None:
     """The numbers of one entry; ``None`` where its parts contradict each other."""
     begin, end = entry.data_offsets
     shape = entry.shape

@@ -11,7 +11,7 @@ a million callables.
 from __future__ import annotations
 
 import math
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 from hydrafs.dtypes import BY_STORAGE_NAME, BY_TORCH_NAME, DType
 
@@ -41,14 +41,25 @@ class Thing:
         self.state: object = None
 
 
+class Blob:
+    """Bytes that stand in a pickle: ``nbytes`` of them, from the cursor's position ``offset`` on. None is kept."""
+
+    __slots__ = ("nbytes", "offset")
+
+    def __init__(self, offset: int, nbytes: int) -> None:
+        self.offset = offset
+        self.nbytes = nbytes
+
+
 class Storage:
     """The bytes that tensors view. ``dtype`` is ``None`` where the pickle does not say (untyped, or unknown here).
 
     ``element_nbytes`` is the unit of ``numel`` (1 for untyped storages, 0 if unknown); ``consistent`` is false once the
-    pickle has said two different things of the same key.
+    pickle has said two different things of the same key. ``blob``: the storage is a torch file of its own in the
+    pickle; its type and length stand in there.
     """
 
-    __slots__ = ("consistent", "dtype", "element_nbytes", "key", "numel", "type_name")
+    __slots__ = ("blob", "consistent", "dtype", "element_nbytes", "key", "numel", "type_name")
 
     def __init__(self, key: str, type_name: str, numel: int) -> None:
         self.key = key
@@ -57,6 +68,7 @@ class Storage:
         self.dtype: DType | None = BY_STORAGE_NAME.get(type_name)
         self.element_nbytes = self.dtype.nbytes if self.dtype else int(type_name == "UntypedStorage")
         self.consistent = True
+        self.blob: Blob | None = None
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +115,16 @@ class Tensor:
         return True
 
 
+class Unpacked(NamedTuple):
+    """A torch file by its pickle: what it describes, and offset and length of each storage's bytes in the file, by key.
+    A storage that does not stand there as it is has no place. ``little``: the bytes are little-endian."""
+
+    root: object
+    storages: dict[str, Storage]
+    places: dict[str, tuple[int, int]]
+    little: bool
+
+
 def persistent(storages: dict[str, Storage], pid: object) -> object:
     """The symbol of a persistent id of torch (``persistent_id`` in torch/serialization.py), noted in ``storages``."""
     if not isinstance(pid, tuple) or not pid:
@@ -140,6 +162,10 @@ def reduced(function: object, args: object) -> object:
         return _tensor(path, args) or Thing(args)
     if path in _TRANSPARENT and args:
         return args[0]
+    if path == "torch.storage._load_from_bytes" and len(args) == 1 and isinstance(args[0], Blob):
+        storage = Storage(f"in the pickle at {args[0].offset}", "", 0)
+        storage.blob = args[0]
+        return StorageView(storage, 0)
     if path == "torch._utils._rebuild_sparse_tensor" and len(args) == 2 and isinstance(args[1], tuple):
         return _sparse(args[1][:MAX_SPARSE_PARTS])
     if path in _MAPPINGS:

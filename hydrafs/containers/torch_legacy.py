@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 
 from hydrafs.containers import cursor, pickle_walk
-from hydrafs.containers.symbols import Storage, Thing
+from hydrafs.containers.symbols import Storage, Thing, Unpacked
 from hydrafs.containers.tensor_names import MIN_UNKNOWN_NBYTES, Naming, describe
 from hydrafs.errors import BadModel
 from hydrafs.layout import ByteSource, Layout, Span, View, cover
@@ -33,6 +33,28 @@ def parse(source: ByteSource) -> Layout:
     Raises:
         BadModel: the pickles break the format's rules. Where the storages behind them do, the rest is literal.
     """
+    root, storages, places, little = unpack(source)
+    naming = Naming()
+    known = describe(root, storages, naming)
+    spans: list[Span] = []
+    views: list[View] = []
+    strided: list[str] = []
+    for key, (offset, nbytes) in places.items():
+        facts = known[key] if little else known[key].as_bytes(nbytes)
+        if little or nbytes >= MIN_UNKNOWN_NBYTES:
+            spans.append(Span(offset, nbytes, facts.dtype, facts.name, facts.shape, facts.aliases))
+            views += facts.views_at(offset)
+            strided += facts.strided
+    views.sort(key=lambda view: naming.place(view.name))
+    return cover(CONTAINER, source.size, spans, views=views, strided=strided)
+
+
+def unpack(source: ByteSource) -> Unpacked:
+    """What a legacy checkpoint describes, and where its storages stand: those before the first that breaks the rules.
+
+    Raises:
+        BadModel: the pickles break the format's rules.
+    """
     reader = cursor.Cursor(cursor.stored(source, 0, MAX_PICKLE_NBYTES), MAX_PICKLE_NBYTES)
     nothing: dict[str, Storage] = {}
     magic = pickle_walk.walk(reader, nothing)
@@ -45,11 +67,7 @@ def parse(source: ByteSource) -> Layout:
     keys = pickle_walk.walk(reader, nothing)
     if not isinstance(keys, list):
         raise BadModel("a legacy torch checkpoint has no list of storages")
-    naming = Naming()
-    known = describe(root, storages, naming)
-    spans: list[Span] = []
-    views: list[View] = []
-    strided: list[str] = []
+    places: dict[str, tuple[int, int]] = {}
     offset = reader.position
     for key in keys:
         storage = storages.get(str(key)) if isinstance(key, (str, int)) else None
@@ -58,16 +76,11 @@ def parse(source: ByteSource) -> Layout:
             break
         (numel,) = _COUNT.unpack(header)
         offset += _COUNT.size
-        if numel != storage.numel or offset + storage.nbytes > source.size:
+        if numel != storage.numel or offset + storage.nbytes > source.size or storage.key in places:
             break
-        facts = known[storage.key] if little else known[storage.key].as_bytes(storage.nbytes)
-        if little or storage.nbytes >= MIN_UNKNOWN_NBYTES:
-            spans.append(Span(offset, storage.nbytes, facts.dtype, facts.name, facts.shape, facts.aliases))
-            views += facts.views_at(offset)
-            strided += facts.strided
+        places[storage.key] = (offset, storage.nbytes)
         offset += storage.nbytes
-    views.sort(key=lambda view: naming.place(view.name))
-    return cover(CONTAINER, source.size, spans, views=views, strided=strided)
+    return Unpacked(root, storages, places, little)
 
 
 def _is_little_endian(facts: object) -> bool:

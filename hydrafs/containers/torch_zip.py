@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 
 from hydrafs.containers import cursor, pickle_walk
-from hydrafs.containers.symbols import Storage
+from hydrafs.containers.symbols import Storage, Unpacked
 from hydrafs.containers.tensor_names import MIN_UNKNOWN_NBYTES, Known, Naming, describe
 from hydrafs.dtypes import BYTES
 from hydrafs.errors import BadModel
@@ -69,6 +69,26 @@ def parse(source: ByteSource) -> Layout:
                     views += facts.views_at(0)  # tensors without elements
     views.sort(key=lambda view: naming.place(view.name))
     return cover(CONTAINER, source.size, spans, views=views, strided=strided)
+
+
+def unpack(source: ByteSource) -> Unpacked:
+    """What the main pickle of a torch zip describes, and where its storages stand.
+
+    Raises:
+        BadModel: as for ``parse``.
+    """
+    archive = _Archive(source)
+    prefix = archive.checkpoint_prefix()
+    little = archive.small(prefix + "byteorder").strip() in (b"", b"little")
+    storages: dict[str, Storage] = {}
+    records = archive.read_pickle(prefix + "data.pkl")
+    root = pickle_walk.walk(cursor.Cursor(records, MAX_PICKLE_NBYTES), storages)
+    places: dict[str, tuple[int, int]] = {}
+    for key in storages:
+        place = archive.locate(f"{prefix}data/{key}") if f"{prefix}data/{key}" in archive.members else None
+        if place is not None:
+            places[key] = place
+    return Unpacked(root, storages, places, little)
 
 
 def _span(archive: _Archive, member: str, known: Known | None, naming: Naming, little: bool) -> Span | None:
