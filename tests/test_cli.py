@@ -360,10 +360,10 @@ def test_a_full_disk(run: Run, filled: Filled, monkeypatch: pytest.MonkeyPatch) 
 
 
 _AS_NOBODY = """
-import importlib, os, sys
+import os, sys
 from hydrafs import cli
 for name in cli._COMMANDS:
-    importlib.import_module(f"hydrafs.cli.{name}")
+    cli._root.get_command(None, name)
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid(65534)

@@ -4,7 +4,8 @@ Rule 1: both operands are cast to the common type first, then there is one opera
         half precision it is done in float32, which holds every such sum exactly enough that rounding twice is the same
         as rounding once (24 bits are two times 11 and two more).
 Rule 2: types meet as in ``torch.result_type``: a tensor of no dimensions has a say only across kinds.
-Rule 3: what torch refuses (the difference of two booleans, arithmetic on float8 and quantised types) is refused here.
+Rule 3: what torch refuses (the difference of two booleans, arithmetic on float8 and quantised types) is refused here,
+        and so are complex numbers, whose product with one, which torch takes, makes NaNs of infinities.
 
 Sources: torch "Tensor Attributes" (type promotion), c10/core/ScalarType.h ``promoteTypes``,
 aten/src/ATen/native/TypeProperties.cpp ``combine_categories``.
@@ -24,10 +25,9 @@ from hydrafs.predictors import Words, cast, castable
 Shape = tuple[int, ...]
 Array = npt.NDArray[Any]
 
-_KINDS = (("BOOL",), ("U8", "I8", "I16", "I32", "I64"), ("BF16", "F16", "F32", "F64"), ("C64", "C128"))
+_KINDS = (("BOOL",), ("U8", "I8", "I16", "I32", "I64"), ("BF16", "F16", "F32", "F64"))
 _NUMPY = {
     "BOOL": "?", "U8": "<u1", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8", "F32": "<f4", "F64": "<f8",
-    "C64": "<c8", "C128": "<c16",
 }  # fmt: skip
 _HALVES = ("F16", "BF16")
 
@@ -44,8 +44,7 @@ def result_dtype(a: DType, a_shape: Shape, b: DType, b_shape: Shape) -> DType:
         if kinds[first] >= kinds[second]:
             return (a, b)[first]
     if kinds[0] != kinds[1]:
-        low, high = (a, b) if kinds[0] < kinds[1] else (b, a)
-        return DTYPES["C128"] if high.name == "C64" and low.name == "F64" else high
+        return a if kinds[0] > kinds[1] else b
     if a is b:
         return a
     if {a.name, b.name} == set(_HALVES):
@@ -60,7 +59,7 @@ def _kind(dtype: DType) -> int:
     for number, names in enumerate(_KINDS):
         if dtype.name in names:
             return number
-    raise UsageError("torch does not add or subtract tensors of that type", detail=dtype.torch_name)
+    raise UsageError("tensors of that type are not added or subtracted", detail=dtype.torch_name)
 
 
 def result_shape(a: Shape, b: Shape) -> Shape:
@@ -137,8 +136,6 @@ def _numbers(words: Words, dtype: DType, common: DType) -> Array:
     if castable(dtype, target):
         cast_words = cast(words, dtype, common) if castable(dtype, common) else words
         return cast(cast_words, common, target).view(_NUMPY[target.name])
-    if dtype.name in _HALVES:  # into a complex type
-        words, dtype = cast(words, dtype, DTYPES["F32"]), DTYPES["F32"]
     with np.errstate(all="ignore"):
         numbers = words.view(_NUMPY[dtype.name]).astype(_NUMPY[target.name])
     if common.name in _HALVES:  # an integer that the half type rounds

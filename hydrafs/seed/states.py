@@ -189,6 +189,8 @@ class Places:
                 self._inner[storage.blob.offset] = self._unpack(storage.blob)
             return self._inner[storage.blob.offset]
         place = self._unpacked.places.get(storage.key)
+        if place is None and storage.element_nbytes and not storage.numel:
+            place = (0, 0)  # of no bytes, and so nowhere
         if place is None or not storage.consistent or not self._unpacked.little:
             raise BadModel("a storage is compressed, missing, or not little-endian", detail=storage.key)
         if storage.element_nbytes and storage.nbytes > place[1]:
