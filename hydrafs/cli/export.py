@@ -121,9 +121,8 @@ def _tell(result: Dehydrated, target: Path, size: int, as_json: bool) -> None:
             }
         )
         return
-    share = percent(result.inexact, result.values)
     say(
-        f"  ckpt_add.py does not bring back {result.inexact} of {result.values} values exactly ({share}), "
+        f"  ckpt_add.py does not bring back {result.inexact} of {result.values} values exactly, "
         f"in {result.inexact_tensors} tensors: adding rounds once more"
     )
     lines = (
