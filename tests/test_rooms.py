@@ -11,8 +11,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity", "containers",
-    "predictors", "formulas", "codecs", "manifest", "diff", "catalog", "store", "prediction", "rehydrate",
-    "readahead", "opening", "fingerprint", "matching", "bases", "plan", "choosing", "encode", "restore",
+    "predictors", "formulas", "codecs", "manifest", "diff", "composition", "catalog", "store", "prediction", "rehydrate",
+    "readahead", "opening", "fingerprint", "matching", "bases", "merging", "recognising", "plan", "choosing", "encode", "restore",
     "dehydrate", "coherence", "vfs", "libfuse", "fuse", "mountpoints", "mountoptions", "daemon", "mounting", "api",
     "cli",
 ]  # fmt: skip

@@ -1,0 +1,235 @@
+"""Merges are found and cost next to nothing: each program's arithmetic, with the parents in the store among others."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import merge_oracles as oracles
+import pytest
+import torch
+from merge_oracles import Tensors
+from safetensors.torch import save_file
+from torch import nn
+
+from hydrafs.cli import main
+
+SIZE = 224
+UNET = "model.diffusion_model."
+NAMES = [
+    *(f"{UNET}input_blocks.{i}.1.transformer_blocks.0.attn1.to_q.weight" for i in range(1, 12)),
+    f"{UNET}middle_block.1.transformer_blocks.0.attn1.to_q.weight",
+    *(f"{UNET}output_blocks.{i}.1.transformer_blocks.0.attn1.to_q.weight" for i in range(12)),
+    *(f"cond_stage_model.transformer.text_model.encoder.layers.{i}.mlp.fc1.weight" for i in range(6)),
+]
+FROZEN = [f"first_stage_model.decoder.up.{i}.block.0.conv1.weight" for i in range(3)]
+
+
+class _Network(nn.Module):
+    def __init__(self, start: Tensors) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList(start[name].clone() for name in NAMES)
+        self.first = nn.Parameter(start[f"{UNET}input_blocks.0.0.weight"].clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + nn.functional.conv2d(x.reshape(-1, 4, 14, 4), self.first, padding=1).mean(1).flatten(1).repeat(1, 4)
+        for layer in self.layers:
+            x = x + torch.tanh(x @ layer.T) * 0.2
+        return x
+
+    def state(self, start: Tensors) -> Tensors:
+        found = dict(start)
+        found.update({n: p.detach().clone() for n, p in zip(NAMES, self.layers, strict=True)})
+        found[f"{UNET}input_blocks.0.0.weight"] = self.first.detach().clone()
+        return found
+
+
+def _start() -> Tensors:
+    torch.manual_seed(11)
+    found: Tensors = {f"{UNET}input_blocks.0.0.weight": torch.randn(64, 4, 3, 3) * 0.1}
+    for name in NAMES + FROZEN:
+        found[name] = torch.randn(SIZE, SIZE) * torch.exp(torch.randn(SIZE, 1) * 0.4) * 0.05
+    found[oracles.POSITION_IDS] = torch.arange(77)[None]
+    return found
+
+
+def tuned(start: Tensors, seed: int, rate: float = 2e-4, steps: int = 8) -> Tensors:
+    """``start`` after a few real AdamW steps towards something that depends on the seed."""
+    torch.manual_seed(seed)
+    network = _Network(start)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
+    goal = torch.randn(SIZE, SIZE) * 0.1
+    for _ in range(steps):
+        x = torch.randn(32, SIZE)
+        loss = (network(x) - x @ goal).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.state(start)
+
+
+@pytest.fixture(scope="module")
+def family() -> dict[str, Tensors]:
+    base = _start()
+    found = {"base": base}
+    for seed, name in enumerate(("a", "b", "c", "d", "decoy1", "decoy2"), 1):
+        found[name] = tuned(base, seed)
+    return found
+
+
+def typed(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    return {k: t.to(dtype) if t.is_floating_point() else t for k, t in tensors.items()}
+
+
+def save(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> Path:
+    save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata)
+    return path
+
+
+def run(*arguments: object) -> Any:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(a) for a in arguments])
+    assert code == 0, err.getvalue()
+    return json.loads(out.getvalue()) if "--json" in arguments else out.getvalue()
+
+
+def dehydrated(model: Path, *options: object) -> dict[str, Any]:
+    """What dehydrating says, after the model has come back bit for bit."""
+    before = hashlib.sha256(model.read_bytes()).hexdigest()
+    outcome: dict[str, Any] = run("dehydrate", model, "--json", "--jobs", 2, *options)[0]
+    assert outcome["diff"], outcome
+    back = model.with_name("back.bin")
+    run("rehydrate", outcome["diff"], "--output", back)
+    assert hashlib.sha256(back.read_bytes()).hexdigest() == before
+    back.unlink()
+    return outcome
+
+
+def stored(outcome: dict[str, Any]) -> float:
+    return float(outcome["stored"]) / float(outcome["size"])
+
+
+HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
+WEIGHTS = {block: 0.05 * (i % 19 + 1) for i, block in enumerate(oracles.BLOCKS)}
+
+PROGRAMS: dict[str, tuple[torch.dtype, str, float, Callable[..., Tensors]]] = {
+    "a1111": (HALF, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.a1111_merge(a, b, 0.3)),
+    "a1111 old": (
+        HALF,
+        "torch before 2.1",
+        0.002,
+        lambda a, b, c, d: oracles.a1111_merge(a, b, 0.3, scalars="old"),
+    ),
+    "a1111 fp32": (FULL, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.a1111_merge(a, b, 0.45)),
+    "a1111 half": (FULL, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.a1111_merge(a, b, 0.7, half=True)),
+    "a1111 bf16": (BRAIN, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.a1111_merge(a, b, 0.35)),
+    "a1111 odd": (HALF, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.a1111_merge(a, b, 0.123)),
+    "a1111 difference": (
+        HALF,
+        "A1111 add difference",
+        0.002,
+        lambda a, b, c, d: oracles.a1111_merge(a, b, 0.6, c),
+    ),
+    "a1111 whole difference": (
+        HALF,
+        "A1111 add difference",
+        0.002,
+        lambda a, b, c, d: oracles.a1111_merge(a, b, 1.0, c),
+    ),
+    "a1111 difference old": (
+        HALF,
+        "torch before 2.1",
+        0.002,
+        lambda a, b, c, d: oracles.a1111_merge(a, b, 0.6, c, scalars="old"),
+    ),
+    "seed": (HALF, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.seed_merge(a, b, 0.25)),
+    "seed unmerge": (HALF, "unmerge", 0.002, lambda a, b, c, d: oracles.seed_unmerge(a, b, 0.7)),
+    "kohya": (
+        HALF,
+        "kohya merge",
+        0.002,
+        lambda a, b, c, d: oracles.kohya_merge([a, b], [0.6, 0.4], saving=HALF),
+    ),
+    "kohya fp16": (
+        FULL,
+        "kohya merge",
+        0.002,
+        lambda a, b, c, d: oracles.kohya_merge([a, b], [0.6, 0.4], precision=HALF, saving=HALF),
+    ),
+    "kohya three": (
+        HALF,
+        "kohya merge",
+        0.002,
+        lambda a, b, c, d: oracles.kohya_merge([b, c, a], [0.5, 0.3, 0.2], saving=HALF),
+    ),
+    "kohya four": (
+        HALF,
+        "kohya merge",
+        0.002,
+        lambda a, b, c, d: oracles.kohya_merge([d, b, c, a], [0.4, 0.3, 0.2, 0.1], saving=HALF),
+    ),
+    "kohya free": (
+        HALF,
+        "kohya merge",
+        0.002,
+        lambda a, b, c, d: oracles.kohya_merge([a, b], [0.6, 0.45], saving=HALF),
+    ),
+    "block weights": (HALF, "A1111 weighted sum", 0.002, lambda a, b, c, d: oracles.mbw_merge(a, b, WEIGHTS)),
+    "supermerger lerp": (HALF, "supermerger lerp", 0.002, lambda a, b, c, d: oracles.supermerger_lerp(a, b, 0.4)),
+    "supermerger lerp fp32": (FULL, "supermerger lerp", 0.002, lambda a, b, c, d: oracles.supermerger_lerp(a, b, 0.4)),
+    "supermerger blocks": (
+        HALF,
+        "supermerger lerp",
+        0.002,
+        lambda a, b, c, d: oracles.supermerger_lerp(a, b, WEIGHTS),
+    ),
+    "supermerger add": (HALF, "supermerger add", 0.002, lambda a, b, c, d: oracles.supermerger_add(a, b, c, 0.4)),
+    "supermerger add native": (
+        HALF,
+        "",
+        0.002,
+        lambda a, b, c, d: oracles.supermerger_add(a, b, c, 0.4, native=True),
+    ),
+    "sd-mecha": (FULL, "sd-mecha lerp", 0.002, lambda a, b, c, d: oracles.mecha_lerp(a, b, 0.3)),
+    "comfy": (HALF, "kohya merge", 0.002, lambda a, b, c, d: oracles.comfy_merge(a, b, 0.3)),
+    "double precision": (
+        FULL,
+        "double precision",
+        0.05,
+        lambda a, b, c, d: {
+            k: (a[k].double() * 0.3 + b[k].double() * 0.7).float() if a[k].is_floating_point() else a[k] for k in a
+        },
+    ),
+    "unknown rounding": (
+        HALF,
+        "",
+        0.05,
+        lambda a, b, c, d: {
+            k: (a[k].bfloat16() * 0.0 + (a[k].double() * 3.1 + b[k].double() * 6.9) / 10).half()
+            if a[k].is_floating_point()
+            else a[k]
+            for k in a
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_programs_merge_is_found(program: str, family: dict[str, Tensors], store: Path) -> None:
+    dtype, label, bound, merge = PROGRAMS[program]
+    parents = {name: typed(tensors, dtype) for name, tensors in family.items()}
+    for name, tensors in parents.items():
+        save(store / f"{name}.safetensors", tensors)
+    model = save(store / "merged.safetensors", merge(*(parents[n] for n in "abcd")))
+    outcome = dehydrated(model)
+    assert stored(outcome) <= bound
+    facts = run("info", outcome["diff"], "--json")
+    assert facts["made_of"] == outcome["reasons"][-len(facts["made_of"]) :]
+    print(program, f"{stored(outcome):.4%}", facts["made_of"])
+    assert label in facts["made_of"][0]
