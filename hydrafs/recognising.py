@@ -42,6 +42,9 @@ _ELEMENTS = 256
 _RUN = 1024
 _POOL_TENSORS = 12
 _POOL_ELEMENTS = 8192
+_CERTAIN = 0.02
+"""Below this standard deviation a weight is taken as measured."""
+_MOST_GROUPS = 32
 _SETTLING_TENSORS = 4
 _SETTLING_ELEMENTS = 1 << 18
 _UNPREDICTED = 0.9
@@ -419,7 +422,9 @@ class _Assembly:
         votes: dict[str, Counter[int]] = {}
         home = {place: g for g, group in enumerate(groups) for place in group.tensors}
         for place, g in home.items():
-            votes.setdefault(changed[place].block, Counter())[g] += 1
+            # Where the parents hardly differ, any weights fit: what the neighbours have is likely there.
+            if deviations[place].max() < _CERTAIN:
+                votes.setdefault(changed[place].block, Counter())[g] += 1
         known: dict[tuple[int, str, tuple[str, ...]], Formula] = {}
         program = ""
         for g, group in enumerate(groups):
@@ -427,8 +432,9 @@ class _Assembly:
             kinds = Counter((changed[i].pool.dtype, changed[i].pool.dtypes) for i in group.tensors)
             for (dtype, dtypes), _ in kinds.most_common():
                 kind = (g, dtype, dtypes)
-                known[kind] = self._decided(group, changed, kind, program)
+                known[kind] = self._decided(group, changed, kind, program, deviations.max(1))
                 program = program or known[kind].label
+        wins: dict[str, Counter[int]] = {}
         options: dict[int, list[tuple[float, int, Match | Computed | None]]] = {}
         for place, t in enumerate(changed):
             possible = [
@@ -439,26 +445,33 @@ class _Assembly:
                 ).all()
             ]
             first = home.get(place, -1)
-            possible.sort(key=lambda g: (-votes[t.block][g], g != first, g))
-            for rank, g in enumerate(possible[:3]):
+            near, part = votes.get(t.block, Counter()), wins.setdefault(t.block.partition(".")[0], Counter())
+            possible.sort(key=lambda g: (-near[g], -part[g], g != first, g))
+            for rank, g in enumerate(possible[:_MOST_GROUPS]):
                 kind = (g, t.pool.dtype, t.pool.dtypes)
                 if kind not in known:
-                    known[kind] = self._decided(groups[g], changed, kind, program)
+                    known[kind] = self._decided(groups[g], changed, kind, program, deviations.max(1))
                 price = merging.cost(known[kind], t.pool)
                 options.setdefault(t.number, []).append((price, 100 + rank, self._computed(known[kind], t)))
                 if not price:
+                    part[g] += 1
                     break
         return options
 
     def _decided(
-        self, group: merging.Group, changed: Sequence[_Tensor], kind: tuple[int, str, tuple[str, ...]], program: str
+        self,
+        group: merging.Group,
+        changed: Sequence[_Tensor],
+        kind: tuple[int, str, tuple[str, ...]],
+        program: str,
+        deviations: merging.Numbers,
     ) -> Formula:
         """The formula of a group's tensors of one kind; ``program`` is the label that others were found to have."""
-        alike = [changed[i] for i in group.tensors if (changed[i].pool.dtype, changed[i].pool.dtypes) == kind[1:]]
-        alike = alike or [t for t in changed if (t.pool.dtype, t.pool.dtypes) == kind[1:]]
-        alike = sorted(alike, key=lambda t: -t.pool.target.nbytes)[: 4 * _POOL_TENSORS]
-        alike = alike[:: max(1, len(alike) // _POOL_TENSORS)][:_POOL_TENSORS]
-
+        places = [i for i in group.tensors if (changed[i].pool.dtype, changed[i].pool.dtypes) == kind[1:]]
+        places = places or [i for i, t in enumerate(changed) if (t.pool.dtype, t.pool.dtypes) == kind[1:]]
+        places.sort(key=lambda i: deviations[i])
+        certain = [i for i in places if deviations[i] <= 20 * deviations[places[0]]][: 4 * _POOL_TENSORS]
+        alike = [changed[i] for i in certain[:: max(1, len(certain) // _POOL_TENSORS)][:_POOL_TENSORS]]
         each = _POOL_ELEMENTS // len(alike)
 
         def head(raws: Sequence[Words], dtype: str) -> Words:
