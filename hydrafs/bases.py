@@ -131,7 +131,9 @@ def choose(
         # One more step in the chain costs time at every read, and one more file that must not be lost.
         if share < _DIFF_MUST_BE * (scored[0][0] if scored else 1.0):
             scored.insert(0, (share, candidate))
-    everything = tuple(c for _, c in sorted(alike, key=lambda item: item[0]))
+    # A LoRA resembles nothing, and may be what was added to a model.
+    parts = (c for c in plain if any("lora" in t.name for t in c.facts.tensors[:64]))
+    everything = (*(c for _, c in sorted(alike, key=lambda item: item[0])), *parts)
     if not scored:
         return Choice((), (f"no base: none of {considered} models resembles it",), everything)
     best = scored[0][1]

@@ -28,6 +28,7 @@ from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, probe, sha256
 from hydrafs.layout import FileSource, Layout, plain_text
+from hydrafs.loras import recognise_lora
 from hydrafs.manifest import Manifest, Operand, Parent
 from hydrafs.matching import Computed, Match, match
 from hydrafs.opening import MAX_DEPTH, Opener
@@ -253,6 +254,8 @@ def _predicted(
         metadata=layout.metadata,
         sha256_of=sha256_of,
     )
+    if found is None:
+        found = recognise_lora(source, facts, choice.parents, matches, choice.considered, open_model)
     if found is None:
         return _only_used([c.entry for c in choice.parents], matches)
     return _only_used([c.entry for c in found.parents], found.matches)

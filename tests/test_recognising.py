@@ -60,6 +60,7 @@ def _start() -> Tensors:
 
 def tuned(start: Tensors, seed: int, rate: float = 2e-4, steps: int = 8) -> Tensors:
     """``start`` after a few real AdamW steps towards something that depends on the seed."""
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     network = _Network(start)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
@@ -233,3 +234,67 @@ def test_each_programs_merge_is_found(program: str, family: dict[str, Tensors], 
     assert facts["made_of"] == outcome["reasons"][-len(facts["made_of"]) :]
     print(program, f"{stored(outcome):.4%}", facts["made_of"])
     assert label in facts["made_of"][0]
+
+
+def lora_for(base: Tensors, *, rank: int = 8, naming: str = "kohya") -> Tensors:
+    """A LoRA of some of the modules, its factors of the size that training gives them."""
+    torch.manual_seed(5)
+    found: Tensors = {}
+    for name in NAMES:
+        module = name.removesuffix(".weight")
+        up, down = torch.randn(SIZE, rank) * 0.01, torch.randn(rank, SIZE) * 0.05
+        if naming == "peft":
+            short = module.removeprefix(UNET).removeprefix("cond_stage_model.transformer.")
+            found[f"base_model.model.{short}.lora_A.weight"] = down
+            found[f"base_model.model.{short}.lora_B.weight"] = up
+            continue
+        if naming == "nameless":
+            flat = f"module_{len(found)}"
+        elif module.startswith(UNET):
+            flat = "lora_unet_" + module.removeprefix(UNET).replace(".", "_")
+        else:
+            flat = "lora_te_" + module.removeprefix("cond_stage_model.transformer.").replace(".", "_")
+        found[f"{flat}.lora_up.weight"] = up
+        found[f"{flat}.lora_down.weight"] = down
+        found[f"{flat}.alpha"] = torch.tensor(rank / 2)
+    conv = "lora_unet_input_blocks_0_0"
+    if naming == "kohya":
+        found[f"{conv}.lora_up.weight"] = torch.randn(64, 4, 1, 1) * 0.02
+        found[f"{conv}.lora_down.weight"] = torch.randn(4, 4, 3, 3) * 0.1
+    return typed(found, HALF)
+
+
+def baked(base: Tensors, lora: Tensors, strength: float, naming: str) -> Tensors:
+    """The base with the LoRA added in float32, whatever its modules are called."""
+    if naming == "kohya":
+        return oracles.lora_baked(base, lora, strength)
+    ups = [t for name, t in lora.items() if name.endswith(("lora_up.weight", "lora_B.weight"))]
+    downs = [t for name, t in lora.items() if name.endswith(("lora_down.weight", "lora_A.weight"))]
+    ratio = 0.5 if naming == "nameless" else 1.0
+    result = dict(base)
+    for name, up, down in zip(NAMES, ups, downs, strict=True):
+        added = strength * (up.float() @ down.float()) * ratio
+        result[name] = (base[name].float() + added).to(base[name].dtype)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("naming", ["kohya", "peft", "nameless"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_lora_that_was_baked_in(
+    family: dict[str, Tensors], store: Path, tmp_path: Path, dtype: torch.dtype, naming: str, named: bool
+) -> None:
+    where = tmp_path / "elsewhere" if named else store
+    where.mkdir(exist_ok=True)
+    base, lora = typed(family["a"], dtype), lora_for(family["a"], naming=naming)
+    save(where / "a.safetensors", base)
+    save(where / "style.safetensors", lora)
+    save(store / "decoy.safetensors", typed(family["b"], dtype))
+    model = save(store / "baked.safetensors", baked(base, lora, 0.8, naming))
+    given = ["--base", where / "a.safetensors", "--base", where / "style.safetensors"] if named else []
+    outcome = dehydrated(model, *given)
+    assert stored(outcome) <= 0.05
+    text = "a.safetensors + style.safetensors (LoRA, strength 0.8)"
+    assert any(reason.startswith(text) for reason in outcome["reasons"])
+    assert text in run("info", outcome["diff"])
+    print(naming, dtype, f"{stored(outcome):.3%}", outcome["reasons"][-1])
