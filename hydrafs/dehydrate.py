@@ -8,7 +8,6 @@ Rule 3: whatever goes wrong, the store holds the original and no half of a diff.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 import shutil
@@ -25,15 +24,14 @@ from hydrafs.composition import made_of
 from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
+from hydrafs.explaining import explained
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, probe, sha256
 from hydrafs.layout import FileSource, Layout, plain_text
-from hydrafs.loras import recognise_lora
-from hydrafs.manifest import Manifest, Operand, Parent
+from hydrafs.manifest import Manifest, Parent
 from hydrafs.matching import Computed, Match, match
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
-from hydrafs.recognising import recognise
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.restore import prove
 from hydrafs.store import ModelEntry, Store, TemporaryFile, fsync_folder, trailer_of
@@ -224,7 +222,6 @@ def _predicted(
     store: Store, opener: Opener, source: FileSource, layout: Layout, facts: ModelFacts, choice: bases.Choice
 ) -> tuple[list[ModelEntry], list[Match | Computed | None]]:
     """The parents that are used, and what predicts each tensor: a parent's, or a formula where the model is a merge."""
-    matches = match(facts, [c.facts for c in choice.parents])
 
     def open_model(candidate: bases.Candidate) -> FileSource | Rehydrated | None:
         with contextlib.suppress(HydraError):
@@ -244,42 +241,8 @@ def _predicted(
             return store.catalog.sha256(path, FileIdentity.of(path.stat()))
         return None
 
-    found = recognise(
-        source,
-        facts,
-        choice.parents,
-        matches,
-        choice.considered,
-        open_model,
-        metadata=layout.metadata,
-        sha256_of=sha256_of,
-    )
-    if found is None:
-        found = recognise_lora(source, facts, choice.parents, matches, choice.considered, open_model)
-    if found is None:
-        return _only_used([c.entry for c in choice.parents], matches)
-    return _only_used([c.entry for c in found.parents], found.matches)
-
-
-def _only_used(
-    entries: list[ModelEntry], matches: Sequence[Match | Computed | None]
-) -> tuple[list[ModelEntry], list[Match | Computed | None]]:
-    used = sorted({p for m in matches if m for p in _parents_of(m) if p >= 0})
-    number = {old: new for new, old in enumerate(used)}
-    renumbered: list[Match | Computed | None] = []
-    for m in matches:
-        if isinstance(m, Computed):
-            operands = tuple(Operand(number[o.parent], o.origin, o.dtype) for o in m.operands)
-            renumbered.append(dataclasses.replace(m, operands=operands))
-        elif m and m.parent >= 0:
-            renumbered.append(dataclasses.replace(m, parent=number[m.parent]))
-        else:
-            renumbered.append(m)
-    return [entries[i] for i in used], renumbered
-
-
-def _parents_of(found: Match | Computed) -> set[int]:
-    return {o.parent for o in found.operands} if isinstance(found, Computed) else {found.parent}
+    parents, matches = explained(source, layout.metadata, facts, choice, open_model, sha256_of)
+    return [c.entry for c in parents], matches
 
 
 def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:

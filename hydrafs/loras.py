@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hydrafs import merging
+from hydrafs.assembling import Recognised, elements_of, read_runs
 from hydrafs.bases import WORTH_A_PARENT_NBYTES, Candidate
 from hydrafs.catalog import ModelFacts, TensorFacts
 from hydrafs.dtypes import DTYPES
@@ -36,7 +37,7 @@ from hydrafs.layout import ByteSource
 from hydrafs.manifest import SELF, Operand
 from hydrafs.matching import Computed, Match, stripped
 from hydrafs.merging import Numbers, Words
-from hydrafs.recognising import Open, Recognised, read_runs
+from hydrafs.recognising import Open
 
 _ENDINGS = (
     (".lora_up.weight", ".lora_down.weight"),
@@ -70,20 +71,16 @@ class Module:
     @property
     def columns(self) -> int:
         """How many elements of the product stand in a row."""
-        return _elements(self.down) // max(1, self.rank)
+        return elements_of(self.down) // max(1, self.rank)
 
     @property
     def elements(self) -> int:
         """How many elements the product has; 0 where the factors do not fit each other or are too large."""
-        if not 0 < self.rank <= MAX_RANK or _elements(self.up) % self.rank or not self.columns:
+        if not 0 < self.rank <= MAX_RANK or elements_of(self.up) % self.rank or not self.columns:
             return 0
         if max(self.up.nbytes, self.down.nbytes) > _MAX_FACTOR_NBYTES:
             return 0
-        return _elements(self.up) // self.rank * self.columns
-
-
-def _elements(tensor: TensorFacts) -> int:
-    return tensor.nbytes // DTYPES[tensor.dtype].nbytes
+        return elements_of(self.up) // self.rank * self.columns
 
 
 def modules_of(facts: ModelFacts) -> list[Module]:
@@ -222,7 +219,7 @@ def _from_lora(
     by_size: dict[int, list[int]] = {}
     for number, tensor in enumerate(facts.tensors):
         if tensor.dtype in REAL:
-            by_size.setdefault(_elements(tensor), []).append(number)
+            by_size.setdefault(elements_of(tensor), []).append(number)
     targets = [_named(m, names, facts) for m in modules]
     order = [i for i, t in enumerate(targets) if t is not None] or list(range(len(modules)))
     # A few modules tell whether it is this LoRA at all.
@@ -236,7 +233,7 @@ def _from_lora(
 def _changed(
     source: ByteSource, tensor: TensorFacts, number: int, how: Match | None, sources: Sequence[ByteSource]
 ) -> _Changed | None:
-    elements = _elements(tensor)
+    elements = elements_of(tensor)
     if how is None or how.parent == SELF or how.count != elements or tensor.dtype not in REAL:
         return None
     count = min(_RUN, elements)
@@ -368,7 +365,7 @@ def _named(module: Module, names: dict[str, int], facts: ModelFacts) -> int | No
     name = _flat(module.name)
     for flat in (name, *(name.removeprefix(p) for p in _PREFIXES if name.startswith(p)), _flat(stripped(module.name))):
         number = names.get(flat)
-        if number is not None and _elements(facts.tensors[number]) == module.elements:
+        if number is not None and elements_of(facts.tensors[number]) == module.elements:
             return number
     return None
 

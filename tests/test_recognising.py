@@ -6,18 +6,22 @@ import contextlib
 import hashlib
 import io
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import merge_oracles as oracles
+import numpy as np
 import pytest
 import torch
 from merge_oracles import Tensors
 from safetensors.torch import save_file
 from torch import nn
 
+from hydrafs import merging
 from hydrafs.cli import main
+from hydrafs.recognising import Hints, hints_of
 
 SIZE = 224
 UNET = "model.diffusion_model."
@@ -298,3 +302,167 @@ def test_a_lora_that_was_baked_in(
     assert any(reason.startswith(text) for reason in outcome["reasons"])
     assert text in run("info", outcome["diff"])
     print(naming, dtype, f"{stored(outcome):.3%}", outcome["reasons"][-1])
+
+
+def fill(store: Path, family: dict[str, Tensors], dtype: torch.dtype = HALF) -> dict[str, Tensors]:
+    parents = {name: typed(tensors, dtype) for name, tensors in family.items()}
+    for name, tensors in parents.items():
+        save(store / f"{name}.safetensors", tensors)
+    return parents
+
+
+def test_parents_may_be_diffs_themselves(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, {name: family[name] for name in ("base", "a", "b", "decoy1")})
+    for name in ("a", "b"):
+        assert dehydrated(store / f"{name}.safetensors", "--base", store / "base.safetensors")["original_removed"]
+    model = save(store / "merged.safetensors", oracles.a1111_merge(parents["a"], parents["b"], 0.3))
+    outcome = dehydrated(model)
+    assert stored(outcome) <= 0.002
+    assert sorted(outcome["parents"]) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_recipe_in_the_metadata_names_parents_and_numbers(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, family)
+    digests = {n: hashlib.sha256((store / f"{n}.safetensors").read_bytes()).hexdigest() for n in "ab"}
+    recipe = {
+        "type": "webui",
+        "primary_model_hash": digests["a"],
+        "secondary_model_hash": digests["b"],
+        "tertiary_model_hash": None,
+        "interp_method": "Weighted sum",
+        "multiplier": 0.31415,
+        "save_as_half": False,
+    }
+    models = {d: {"name": f"{n}.safetensors", "legacy_hash": "0", "sd_merge_recipe": None} for n, d in digests.items()}
+    strings = {"sd_merge_recipe": json.dumps(recipe), "sd_merge_models": json.dumps(models)}
+    hints = hints_of(tuple(strings.items()))
+    assert hints.sha256s == {bytes.fromhex(d) for d in digests.values()}
+    assert hints.names == {"a.safetensors", "b.safetensors"}
+    assert hints.numbers[0] == 0.31415
+    merged = oracles.a1111_merge(parents["a"], parents["b"], 0.31415)
+    outcome = dehydrated(save(store / "merged.safetensors", merged, strings))
+    assert stored(outcome) <= 0.002
+    assert "0.68585 x a.safetensors + 0.31415 x b.safetensors" in outcome["reasons"][-1]
+
+
+@pytest.mark.parametrize(
+    "strings",
+    [
+        {"sd_merge_recipe": "{", "sd_merge_models": "[" * 20_000},
+        {"sd_merge_recipe": "[1]", "sd_merge_models": '{"x": 3, "y": {"name": 4}}'},
+        {"sd_merge_recipe": '{"primary_model_hash": "zz", "multiplier": 1e300}'},
+        {"sd_merge_recipe": '{"multiplier": "x"}'},
+    ],
+)
+def test_a_recipe_that_is_none_is_no_recipe(strings: dict[str, str]) -> None:
+    assert hints_of(tuple(strings.items())) == Hints()
+
+
+def test_numbers_that_are_none_and_whole_tensors_come_back(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, {name: family[name] for name in ("base", "decoy1")})
+    a, b = (typed(family[n], HALF) for n in "ab")
+    for tensors, value in ((a, float("nan")), (b, float("inf"))):
+        tensors[NAMES[3]][5, ::7] = value
+        tensors["model.steps"] = torch.tensor([3, 2**40])
+    for name, tensors in (("a", a), ("b", b)):
+        save(store / f"{name}.safetensors", tensors)
+    parents |= {"a": a, "b": b}
+    outcome = dehydrated(save(store / "merged.safetensors", oracles.seed_merge(a, b, 0.25)))
+    assert stored(outcome) <= 0.002
+    assert sorted(outcome["parents"]) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_fine_tune_is_no_merge(family: dict[str, Tensors], store: Path) -> None:
+    fill(store, family)
+    model = save(store / "tuned.safetensors", typed(tuned(family["base"], 77), HALF))
+    outcome = dehydrated(model)
+    assert len(outcome["parents"]) == 1
+    assert run("info", outcome["diff"], "--json")["made_of"] == []
+
+
+def test_models_of_another_architecture_explain_nothing(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, {name: family[name] for name in ("base", "a", "b")})
+    torch.manual_seed(3)
+    for name in ("other1", "other2"):
+        save(store / f"{name}.safetensors", {f"layers.{i}.weight": torch.randn(300, 200) for i in range(9)})
+        odd = {k: torch.randn(*(n + 1 for n in t.shape)) for k, t in parents["a"].items() if t.is_floating_point()}
+        save(store / f"{name}-odd.safetensors", odd)
+    merged = oracles.a1111_merge(parents["a"], parents["b"], 0.5)
+    alone = save(store / "alone.safetensors", {f"x.{i}": torch.randn(300, 200).half() for i in range(4)})
+    assert dehydrated(alone)["parents"] == []
+    assert stored(dehydrated(save(store / "merged.safetensors", merged))) <= 0.002
+
+
+def test_a_copy_of_the_model_and_of_a_parent_do_not_mislead(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, {name: family[name] for name in ("base", "a", "b", "decoy1")})
+    save(store / "a again.safetensors", parents["a"])
+    merged = oracles.a1111_merge(parents["a"], parents["b"], 0.3)
+    one = save(store / "one.safetensors", merged)
+    assert stored(dehydrated(one)) <= 0.002
+    # The same bytes once more: the diff of the first is a copy, and no parent of this one.
+    two = save(store / "two.safetensors", merged)
+    assert stored(dehydrated(two)) <= 0.002
+
+
+def test_block_weights_beside_blocks_that_are_left_alone(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, family)
+    weights = dict.fromkeys(oracles.BLOCKS, 0.0) | {"IN04": 0.35, "OUT07": 1.0, "M00": 0.5}
+    merged = oracles.supermerger_lerp(parents["a"], parents["b"], weights)
+    outcome = dehydrated(save(store / "merged.safetensors", merged))
+    assert stored(outcome) <= 0.002
+
+
+def test_the_best_of_sixty_models_is_found_quickly(family: dict[str, Tensors], store: Path) -> None:
+    parents = fill(store, family)
+    generator = torch.Generator().manual_seed(9)
+    for i in range(60):
+        moved = {
+            k: (t.float() + 1e-3 * torch.randn(t.shape, generator=generator)).half() if t.dtype == HALF else t
+            for k, t in parents["base"].items()
+        }
+        save(store / f"near{i}.safetensors", moved)
+    model = save(store / "merged.safetensors", oracles.a1111_merge(parents["a"], parents["b"], 0.6, parents["c"]))
+    dehydrated(save(store / "other.safetensors", parents["d"]))  # what is known of the models is known from here on
+    start = time.monotonic()
+    outcome = run("dehydrate", model, "--json", "--jobs", 2)[0]
+    taken = time.monotonic() - start
+    assert stored(outcome) <= 0.002
+    assert taken < 10
+
+
+def test_least_squares_finds_who_is_in_a_sum() -> None:
+    rng = np.random.default_rng(4)
+    base = rng.standard_normal((6, 256))
+    models = [base + 0.01 * rng.standard_normal(base.shape) for _ in range(12)]
+    for members, weights in (
+        ((3, 8), (0.3, 0.7)),
+        ((1, 4, 7), (1.0, 0.6, -0.6)),
+        ((0, 5, 9, 11), (0.1, 0.2, 0.3, 0.4)),
+    ):
+        target = sum(w * models[m] for m, w in zip(members, weights, strict=True)).astype(np.float16)
+        gram = np.stack(
+            [
+                merging.grams(
+                    row.astype(np.float64), [m[i] for m in models], merging.noise_of(row.astype(float), "F16")
+                )
+                for i, row in enumerate(target)
+            ]
+        )
+        found = merging.find_parents(gram, 256)
+        assert found is not None
+        assert found.members == members
+        fit = merging.fit(gram, np.array([members], np.intp), 256.0)
+        assert np.allclose(fit.weights[:, 0], weights, atol=0.02)
+        assert (np.abs(fit.weights[:, 0] - weights) < 6 * fit.deviations[:, 0]).all()
+    assert merging.find_parents(np.zeros((3, 1, 1)), 256) is None
+    alone = np.stack([merging.grams(r, [m[i] for m in models], 1e-6) for i, r in enumerate(base + 0.1)])
+    found = merging.find_parents(alone, 256)
+    assert found is None or found.bits < found.alone_bits
+
+
+def test_round_numbers_come_first() -> None:
+    assert merging.snaps(0.3004, 0.001)[0] == 0.3
+    assert merging.snaps(0.1231, 0.0001)[:2] == [0.123, 0.1231]
+    assert merging.snaps(0.31, 0.001, hints=[0.3101])[0] == 0.3101
+    assert merging.snaps(0.123456, 1e-9) == [0.123456]
+    assert 1 / 3 in merging.snaps(0.33334, 0.0001)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity", "containers",
     "predictors", "formulas", "codecs", "manifest", "diff", "composition", "catalog", "store", "prediction", "rehydrate",
-    "readahead", "opening", "fingerprint", "matching", "bases", "merging", "recognising", "loras", "plan", "choosing", "encode", "restore",
+    "readahead", "opening", "fingerprint", "matching", "bases", "merging", "assembling", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
     "dehydrate", "coherence", "vfs", "libfuse", "fuse", "mountpoints", "mountoptions", "daemon", "mounting", "api",
     "cli",
 ]  # fmt: skip
