@@ -40,9 +40,11 @@ from hydrafs.formulas import (
 Words = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.float64]
 
-GAIN_BITS = 0.25
+GAIN_BITS = 0.1
 """By how many bits per element a further parent must come closer to be believed."""
-EXPLAINED_BITS = 0.5
+MUST_EXPLAIN = 0.25
+"""What part of what the best model leaves must be explained by others."""
+EXPLAINED_BITS = 0.75
 """What is left of a model that is explained: somewhat more than the one rounding that every result has."""
 POOLED = 32
 """How many models are tried three at a time; two thirds as many four at a time."""
@@ -66,10 +68,10 @@ def numbers_of(raw: Words, dtype: str) -> Numbers:
 
 
 def noise_of(values: Numbers, dtype: str) -> float:
-    """The energy that rounding leaves in these values of a type: twice that of one rounding."""
+    """The energy that one rounding leaves in these values of a type."""
     finite = np.abs(values[np.isfinite(values)])
     units = np.exp2(np.floor(np.log2(np.maximum(finite, 1e-300)))) * _EPSILON[dtype]
-    return float((np.maximum(units, _TINY[dtype]) ** 2).sum()) / 6 + 1e-300
+    return float((np.maximum(units, _TINY[dtype]) ** 2).sum()) / 12 + 1e-300
 
 
 def grams(target: Numbers, parents: Sequence[Numbers], noise: float) -> Numbers:
@@ -160,7 +162,7 @@ def find_parents(gram: Numbers, elements: float) -> Subset | None:
     np.minimum.at(promise, pairs[:, 1], scores)
     ranked = np.argsort(promise, kind="stable").tolist()
     for members, pool in ((3, POOLED), (4, POOLED * 2 // 3)):
-        if best.bits < EXPLAINED_BITS:
+        if members > 3 and best.bits < EXPLAINED_BITS:
             break
         tried = _subsets([*sorted(ranked[:pool]), count], members)
         if not len(tried):
@@ -170,7 +172,8 @@ def find_parents(gram: Numbers, elements: float) -> Subset | None:
         if float(scores.min()) < best.bits - GAIN_BITS:
             real = tuple(m for m in found if m != count)
             best = Subset(real, float(scores.min()), least, free=len(real) < len(found))
-    return best if best.bits < least - GAIN_BITS and len(best.members) > 1 else None
+    enough = min(least - GAIN_BITS, (1 - MUST_EXPLAIN) * least)
+    return best if best.bits < enough and len(best.members) > 1 else None
 
 
 def _subsets(models: Sequence[int] | range, members: int) -> npt.NDArray[np.intp]:
@@ -292,7 +295,7 @@ def best_formulas(
     if not tried or min(t[0] for t in tried):
         for _, number, maker in ranked[:_NUMBERS]:
             tried += [(cost(f, pool), number, f) for f in maker() if not program or f.label != program]
-            if not min(t[0] for t in tried):
+            if tried and not min(t[0] for t in tried):
                 break
     tried.sort(key=lambda t: t[:2])
     least = tried[0][0]
@@ -393,9 +396,8 @@ def _differences(pool: Pool, weight: float, a: int, b: int, c: int) -> Iterator[
     """A + weight * (B - C)."""
     taken = [get(b), get(c), SUBTRACT]
     dtype = promoted(pool.dtypes[b], pool.dtypes[c])
-    if not dtype:
-        return
-    yield _finished(pool, "A1111 add difference", [get(a), *taken, scale(weight), ADD])
+    if dtype:  # none for whole numbers
+        yield _finished(pool, "A1111 add difference", [get(a), *taken, scale(weight), ADD])
     if dtype in ("F16", "BF16"):
         old = [get(a), *taken, scale(rounded(weight, dtype)), ADD]
         yield _finished(pool, "A1111 add difference, torch before 2.1", old)
