@@ -1,7 +1,7 @@
 """The table *merge*: what a merged model costs when its parents are in the store, and how long recognising it takes.
 
 Merges are computed by the programs' own formulas with torch (``tests/merge_oracles.py``), from the pre-trained
-MiniLM and its two real fine-tunes; then one of Stable Diffusion's shape is looked for among many models of that shape.
+MiniLM and two real fine-tunes of it; then one of Stable Diffusion's shape is looked for among many models of that shape.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from benchmarks import minilm
 from benchmarks.common import ROOT, bench_folder, link_or_copy, number, print_table, say, write_json
-from benchmarks.pairs import STEPS, make_pairs
+from benchmarks.pairs import STEPS, docstring_pairs, make_pairs
 from benchmarks.sdmodel import make_models
 from hydrafs import dehydrate as dehydration
 from hydrafs.cache import ChunkCache
@@ -163,6 +164,21 @@ def _load(path: Path) -> State:
     return {PREFIX + k: t for k, t in load_file(path).items()}
 
 
+def _second_fine_tune(folder: Path, steps: int, precision: str) -> Path:
+    """The stronger of the two fine-tunes once more, with its texts in another order."""
+    from safetensors.torch import save_file
+
+    path = folder / f"other-2e-5-{precision}.safetensors"
+    if not path.exists():
+        say(f"fine-tuning all-MiniLM-L6-v2 for {steps} steps at 2e-5, with another seed")
+        state = minilm.fine_tune(docstring_pairs(), steps=steps, learning_rate=2e-5, seed=1)
+        for each in minilm.PRECISIONS:
+            part = folder / f".other-{each}.part"
+            save_file(minilm.in_precision(state, each), part, metadata={"format": "pt"})
+            part.rename(folder / f"other-2e-5-{each}.safetensors")
+    return path
+
+
 def small_merges(bench: Path, work: Path, steps: int, precisions: Sequence[str]) -> Iterator[Measured]:
     """Every program's merge of MiniLM's fine-tunes."""
     from safetensors.torch import save_file
@@ -171,9 +187,10 @@ def small_merges(bench: Path, work: Path, steps: int, precisions: Sequence[str])
     for precision in precisions:
         folder = work / precision
         folder.mkdir()
-        tuned = [p for p in pairs if p.precision == precision]
-        names = {"a": tuned[-1].tuned, "b": tuned[0].base, "c": tuned[0].tuned}
-        states = {name: _load(path) for name, path in names.items()}
+        light, strong = (p for p in pairs if p.precision == precision)
+        other = _second_fine_tune(strong.base.parent, steps, precision)
+        states = {"a": _load(strong.tuned), "b": _load(other), "c": _load(strong.base)}
+        save_file(_load(light.tuned), folder / "nearly c.safetensors")
         for name, state in states.items():
             save_file(state, folder / f"{name}.safetensors")
         for case, (bound, merge) in cases().items():

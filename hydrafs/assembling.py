@@ -7,9 +7,10 @@ Rule: nothing is made worse: a formula is taken only where a sample says that le
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from hydrafs import merging, predictors
 from hydrafs.bases import WORTH_A_PARENT_NBYTES, Candidate
 from hydrafs.catalog import ModelFacts, TensorFacts
 from hydrafs.dtypes import DTYPES
+from hydrafs.errors import BadModel
 from hydrafs.fingerprint import bits_apart
 from hydrafs.formulas import REAL, WHOLE, Formula, result_dtype
 from hydrafs.layout import ByteSource
@@ -41,10 +43,12 @@ _FEW = 256
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """The parents that are used, and what predicts each tensor: ``parent`` counts into them."""
+    """The parents that are used, and what predicts each tensor: ``parent`` counts into them. ``left``: what share of
+    the bits of the tensors in question will have to be stored, by samples."""
 
     parents: tuple[Candidate, ...]
     matches: tuple[Match | Computed | None, ...]
+    left: float = 0.0
 
 
 def elements_of(tensor: TensorFacts) -> int:
@@ -168,7 +172,8 @@ class Assembly:
             how = result[number]
             if isinstance(how, Match) and how.parent >= self.makers and extra[how.parent] < WORTH_A_PARENT_NBYTES:
                 result[number] = next((o[2] for o in options if self._by_makers(o[2])), None)
-        return Recognised(tuple(self.parents), tuple(result))
+        nbytes = sum(tensors[t.number].nbytes for t in self.tensors)
+        return Recognised(tuple(self.parents), tuple(result), after / max(1, nbytes))
 
     def _by_makers(self, how: Match | Computed | None) -> bool:
         return not isinstance(how, Match) or how.parent < self.makers
@@ -229,7 +234,7 @@ class Assembly:
             kinds = Counter((changed[i].pool.dtype, changed[i].pool.dtypes) for i in group.tensors)
             for (dtype, dtypes), _ in kinds.most_common():
                 kind = (g, dtype, dtypes)
-                known[kind] = self._decided(group, changed, kind, program, deviations.max(1))
+                known[kind] = self._decided(group, changed, kind, program, deviations.max(1), known.values())
                 program = program or known[kind].label
         wins: dict[str, Counter[int]] = {}
         options: dict[int, list[tuple[float, int, Match | Computed | None]]] = {}
@@ -238,7 +243,8 @@ class Assembly:
                 g
                 for g, group in enumerate(groups)
                 if (
-                    np.abs(weights[place] - group.weights) <= 4 * np.hypot(deviations[place], group.deviations) + 1e-5
+                    np.abs(weights[place] - group.weights)
+                    <= 4 * np.hypot(deviations[place], group.deviations) + merging.BIAS
                 ).all()
             ]
             first = home.get(place, -1)
@@ -247,7 +253,7 @@ class Assembly:
             for rank, g in enumerate(possible[:_MOST_GROUPS]):
                 kind = (g, t.pool.dtype, t.pool.dtypes)
                 if kind not in known:
-                    known[kind] = self._decided(groups[g], changed, kind, program, deviations.max(1))
+                    known[kind] = self._decided(groups[g], changed, kind, program, deviations.max(1), known.values())
                 price = merging.cost(known[kind], t.pool)
                 options.setdefault(t.number, []).append((price, 100 + rank, self._computed(known[kind], t)))
                 if not price:
@@ -262,8 +268,10 @@ class Assembly:
         kind: tuple[int, str, tuple[str, ...]],
         program: str,
         deviations: merging.Numbers,
+        known: Iterable[Formula],
     ) -> Formula:
-        """The formula of a group's tensors of one kind; ``program`` is the label that others were found to have."""
+        """The formula of a group's tensors of one kind; ``program`` is the label that the first had, ``known`` are
+        the formulas of other groups."""
         places = [i for i in group.tensors if (changed[i].pool.dtype, changed[i].pool.dtypes) == kind[1:]]
         places = places or [i for i, t in enumerate(changed) if (t.pool.dtype, t.pool.dtypes) == kind[1:]]
         places.sort(key=lambda i: deviations[i])
@@ -280,6 +288,10 @@ class Assembly:
             kind[2],
             tuple(head([t.pool.operands[i] for t in alike], dtype) for i, dtype in enumerate(kind[2])),
         )
+        for formula in dict.fromkeys(known):  # what others of the kind were found to follow
+            with contextlib.suppress(BadModel):
+                if result_dtype(formula, kind[2]) and not merging.cost(formula, pool):
+                    return formula
         tied = merging.best_formulas(
             pool,
             group.weights,

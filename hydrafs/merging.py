@@ -46,12 +46,19 @@ MUST_EXPLAIN = 0.25
 """What part of what the best model leaves must be explained by others."""
 EXPLAINED_BITS = 0.75
 """What is left of a model that is explained: somewhat more than the one rounding that every result has."""
+EVIDENCE = 10.0
+"""By how many standard deviations what a further model explains must exceed chance."""
 POOLED = 32
 """How many models are tried three at a time; two thirds as many four at a time."""
 _BATCH = 4096
 _EPSILON = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
 _TINY = {"F64": 2.0**-1074, "F32": 2.0**-149, "F16": 2.0**-24, "BF16": 2.0**-133}
 _STEPS = (0.05, 0.01, 0.005, 0.001, 0.0001)
+BIAS = 0.004
+"""How far a measured weight may be off beyond chance: parents that are a few units in the last place apart are rounded
+in step with their difference."""
+_LOOSE = 0.3
+"""Where parents hardly differ, weights may be off by this much."""
 _NUMBERS = 4
 """How many sets of numbers are tried with every program's rounding."""
 _CLOSE = 2e-4
@@ -141,8 +148,11 @@ class Subset:
     free: bool = False
 
 
-def find_parents(gram: Numbers, elements: float) -> Subset | None:
-    """The two to four models that explain the target best, or ``None`` where they are no better than one.
+def find_parents(gram: Numbers, elements: float) -> list[Subset]:
+    """The models that explain the target, two to four; empty where they are no better than one.
+
+    Where two or three explain it well and a further one still has a say in what they leave (of a model and a light
+    fine-tune of it, each explains nearly all of the other), both answers are given, the fewer models first.
 
     Args:
         gram: tensors x models x models, as ``grams`` gives them; the last model is zero, for free weights.
@@ -152,7 +162,7 @@ def find_parents(gram: Numbers, elements: float) -> Subset | None:
     alone = bits_left(np.diagonal(gram, axis1=1, axis2=2)[:, :count]) if count else np.array([math.inf])
     least = float(alone.min())
     if count < 2 or least < GAIN_BITS:
-        return None
+        return []
     pairs = _subsets(range(count), 2)
     scores = _scored(gram, pairs, elements)
     best = Subset(tuple(pairs[scores.argmin()].tolist()), float(scores.min()), least)
@@ -172,8 +182,24 @@ def find_parents(gram: Numbers, elements: float) -> Subset | None:
         if float(scores.min()) < best.bits - GAIN_BITS:
             real = tuple(m for m in found if m != count)
             best = Subset(real, float(scores.min()), least, free=len(real) < len(found))
+    # What is taken for certain must explain a good part; what is only looked at further, need not.
     enough = min(least - GAIN_BITS, (1 - MUST_EXPLAIN) * least)
-    return best if best.bits < enough and len(best.members) > 1 else None
+    if best.bits >= enough or len(best.members) < 2:
+        return []
+    answers = [best]
+    while not best.free and len(best.members) < 4 and best.bits < EXPLAINED_BITS:
+        more = [tuple(sorted({*best.members, m})) for m in range(count) if m not in best.members]
+        if not more:
+            break
+        before = fit(gram, np.array([best.members], np.intp), elements).left
+        after = fit(gram, np.array(more, np.intp), elements).left
+        evidence = (elements * (before - after) / np.maximum(after, 0.5)).sum(0)
+        if float(evidence.max()) < len(gram) + EVIDENCE * math.sqrt(2 * len(gram)):
+            break
+        chosen = int(evidence.argmax())
+        best = Subset(more[chosen], float(bits_left(after)[chosen]), least)
+        answers.append(best)
+    return answers
 
 
 def _subsets(models: Sequence[int] | range, members: int) -> npt.NDArray[np.intp]:
@@ -190,7 +216,7 @@ def _scored(gram: Numbers, subsets: npt.NDArray[np.intp], elements: float) -> Nu
 
 def snaps(value: float, deviation: float, hints: Sequence[float] = ()) -> list[float]:
     """The round numbers that a measured one may stand for, the roundest first, then itself."""
-    reach = 4 * deviation + 1e-6
+    reach = 4 * deviation + BIAS
     found: dict[float, None] = {hint: None for hint in hints if abs(hint - value) <= reach}
     for step in _STEPS:
         nearest = round(value / step)
@@ -198,7 +224,7 @@ def snaps(value: float, deviation: float, hints: Sequence[float] = ()) -> list[f
             if abs(k * step - value) <= reach:
                 found[round(k * step, 6)] = None
     found.update({sign * third: None for third in _THIRDS for sign in (1, -1) if abs(sign * third - value) <= reach})
-    return [*list(found)[:12], value]
+    return [*list(found)[:24], value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +247,7 @@ def grouped(weights: Numbers, deviations: Numbers, most: int = 64) -> list[Group
             continue
         center, spread = weights[seed], deviations[seed]
         for _ in range(2):  # the second time around what the first gave
-            near = np.abs(weights - center) <= 4 * np.hypot(deviations, spread) + 1e-5
+            near = np.abs(weights - center) <= 4 * np.hypot(deviations, spread) + BIAS
             members = np.flatnonzero(near.all(1) & free)
             if not len(members):
                 members = np.array([seed])
@@ -281,7 +307,16 @@ def best_formulas(
         hints: numbers that the model's own metadata names.
         program: the label that is likely: if such formulas are exact, no others are tried.
     """
-    makers = _makers(pool, weights, deviations, free, hints)
+    tried = _tried(pool, _makers(pool, weights, deviations, free, hints), program)
+    if len(weights) == 3 and not free and min(t[0] for t in tried):
+        tried += _tried(pool, _loose_makers(pool, weights), program)
+    tried.sort(key=lambda t: t[:2])
+    least = tried[0][0]
+    return [formula for price, _, formula in tried if price <= max(2 * least, least + _CLOSE)][:_MOST_TIED]
+
+
+def _tried(pool: Pool, makers: Sequence[_Maker], program: str) -> list[tuple[float, int, Formula]]:
+    """What the formulas of the likeliest numbers cost, with the place of their numbers."""
     ranked: list[tuple[float, int, Callable[[], Iterator[Formula]]]] = []
     for number, (numbers, maker) in enumerate(makers):
         # In double precision with one rounding at the end the right numbers show best, whatever the program did.
@@ -297,9 +332,7 @@ def best_formulas(
             tried += [(cost(f, pool), number, f) for f in maker() if not program or f.label != program]
             if tried and not min(t[0] for t in tried):
                 break
-    tried.sort(key=lambda t: t[:2])
-    least = tried[0][0]
-    return [formula for price, _, formula in tried if price <= max(2 * least, least + _CLOSE)][:_MOST_TIED]
+    return tried
 
 
 _Maker = tuple[Sequence[float], Callable[[], Iterator[Formula]]]
@@ -332,6 +365,25 @@ def _makers(pool: Pool, weights: Numbers, deviations: Numbers, free: bool, hints
     off = {c: not free and abs(sum(c) - 1) > 1e-9 for c in choices}
     rounder = sorted(off, key=lambda c: (off[c], sum(map(_places, c))))
     made += [(numbers, partial(_sums, pool, numbers)) for numbers in rounder[:48]]
+    return made
+
+
+def _loose_makers(pool: Pool, weights: Numbers) -> list[_Maker]:
+    """Sums and differences of three in steps of 0.05, far and wide: what is left where least squares cannot tell."""
+    made: list[_Maker] = []
+    grid = [round(0.05 * k, 2) for k in range(1, 21)]
+    for a in range(3):
+        b, c = (i for i in range(3) if i != a)
+        if abs(weights[a] - 1) < 10 * BIAS:
+            for weight in grid:
+                sign = 1 if weights[b] > 0 else -1
+                numbers = [1.0, 1.0, 1.0]
+                numbers[b], numbers[c] = sign * weight, -sign * weight
+                made.append((numbers, partial(_differences, pool, sign * weight, a, b, c)))
+    for one, two in itertools.product(grid, grid):
+        sums = (one, two, round(1 - one - two, 2))
+        if sums[2] > 0 and all(abs(w - n) < _LOOSE for w, n in zip(weights, sums, strict=True)):
+            made.append((sums, partial(_sums, pool, sums)))
     return made
 
 

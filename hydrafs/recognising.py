@@ -32,6 +32,8 @@ from hydrafs.merging import Words
 MAX_CANDIDATES = 256
 """How many models are read from; the catalog's fingerprints rank them."""
 _WORTH_A_LOOK = 0.02
+_NEARLY_NOTHING = 1e-4
+"""What may be left of a model, as a share of its bits, for no further parents to be tried."""
 _TENSORS = 20
 _ELEMENTS = 256
 _RECIPE_HASHES = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
@@ -110,22 +112,30 @@ def recognise(
         if not unexplained:
             return None
         hints = hints_of(metadata)
-        found = None
+        found: list[_Makers] = []
         if hints.sha256s or hints.names:
             named = [c for c in candidates if c.entry.path.name in hints.names or sha256_of(c) in hints.sha256s]
             found = _find(target, unexplained, named, open_model)
-        if found is None:
+        if not found:
             found = _find(target, unexplained, candidates[:MAX_CANDIDATES], open_model)
-        if found is None:
-            return None
-        makers, free = found
-        every = [*makers, *(p for p in parents if all(p is not m for m in makers))]
-        sources = [held(c) for c in every]
-        if any(s is None for s in sources):
-            return None
-        moved = [_renumbered(m, parents, every) for m in matches]
-        work = Assembly(target, every, [s for s in sources if s], len(makers), moved, free, hints.numbers)
-        return work.result()
+        best: Recognised | None = None
+        for makers, free in found:
+            every = [*makers, *(p for p in parents if all(p is not m for m in makers))]
+            sources = [held(c) for c in every]
+            if any(s is None for s in sources):
+                continue
+            moved = [_renumbered(m, parents, every) for m in matches]
+            work = Assembly(target, every, [s for s in sources if s], len(makers), moved, free, hints.numbers)
+            result = work.result()
+            if result and (best is None or result.left < best.left):
+                best = result
+            if best and best.left < _NEARLY_NOTHING:
+                break
+        return best
+
+
+_Makers = tuple[list[Candidate], bool]
+"""The models that a model may be made of, in no meaningful order, and whether their weights are free."""
 
 
 def _renumbered(found: Match | None, parents: Sequence[Candidate], every: Sequence[Candidate]) -> Match | None:
@@ -160,10 +170,10 @@ def _unexplained(target: Target, matches: Sequence[Match | None], sources: Seque
 
 def _find(
     target: Target, unexplained: Sequence[int], candidates: Sequence[Candidate], open_model: Open
-) -> tuple[list[Candidate], bool] | None:
-    """The models that explain the model together, in no meaningful order, and whether their weights are free."""
+) -> list[_Makers]:
+    """Which models may explain the model together, the fewest first."""
     if len(candidates) < 2:
-        return None
+        return []
     tensors = target.facts.tensors
     large = sorted(unexplained, key=lambda i: -tensors[i].nbytes)[: max(_TENSORS, len(unexplained) // 2)]
     chosen = sorted(large)[:: max(1, len(large) // _TENSORS)][:_TENSORS]
@@ -192,13 +202,13 @@ def _find(
             ]
         )
     if len(kept) < 2:
-        return None
+        return []
     rows = []
     for place, number in enumerate(chosen):
         values = merging.numbers_of(own[place], tensors[number].dtype)
         rows.append(merging.grams(values, [s[place] for s in samples], merging.noise_of(values, tensors[number].dtype)))
     found = merging.find_parents(np.stack(rows), _ELEMENTS)
-    return ([kept[m] for m in found.members], found.free) if found else None
+    return [([kept[m] for m in subset.members], subset.free) for subset in found]
 
 
 def _candidate_samples(

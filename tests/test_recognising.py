@@ -449,20 +449,18 @@ def test_least_squares_finds_who_is_in_a_sum() -> None:
             ]
         )
         found = merging.find_parents(gram, 256)
-        assert found is not None
-        assert found.members == members
+        assert found[0].members == members
         fit = merging.fit(gram, np.array([members], np.intp), 256.0)
         assert np.allclose(fit.weights[:, 0], weights, atol=0.02)
         assert (np.abs(fit.weights[:, 0] - weights) < 6 * fit.deviations[:, 0]).all()
-    assert merging.find_parents(np.zeros((3, 1, 1)), 256) is None
+    assert merging.find_parents(np.zeros((3, 1, 1)), 256) == []
     alone = np.stack([merging.grams(r, [m[i] for m in models], 1e-6) for i, r in enumerate(base + 0.1)])
-    found = merging.find_parents(alone, 256)
-    assert found is None or found.bits < found.alone_bits
+    assert all(subset.bits < subset.alone_bits for subset in merging.find_parents(alone, 256))
 
 
 def test_round_numbers_come_first() -> None:
     assert merging.snaps(0.3004, 0.001)[0] == 0.3
-    assert merging.snaps(0.1231, 0.0001)[:2] == [0.123, 0.1231]
+    assert 0.123 in merging.snaps(0.1231, 0.0001)
     assert merging.snaps(0.31, 0.001, hints=[0.3101])[0] == 0.3101
-    assert merging.snaps(0.123456, 1e-9) == [0.123456]
+    assert merging.snaps(0.123456, 1e-9)[-1] == 0.123456
     assert 1 / 3 in merging.snaps(0.33334, 0.0001)
