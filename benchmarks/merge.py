@@ -1,7 +1,7 @@
 """The table *merge*: what a merged model costs when its parents are in the store, and how long recognising it takes.
 
 Merges are computed by the programs' own formulas with torch (``tests/merge_oracles.py``), from the pre-trained
-MiniLM and two real fine-tunes of it; then one of Stable Diffusion's shape is looked for among many models of that shape.
+MiniLM and two real fine-tunes of it; then one of Stable Diffusion's shape is looked for among many of that shape.
 """
 
 from __future__ import annotations
