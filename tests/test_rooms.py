@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity", "containers",
-    "predictors", "formulas", "codecs", "manifest", "diff", "composition", "catalog", "store", "prediction", "rehydrate",
-    "readahead", "opening", "fingerprint", "matching", "bases", "merging", "assembling", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
-    "dehydrate", "coherence", "vfs", "libfuse", "fuse", "mountpoints", "mountoptions", "daemon", "mounting", "api",
-    "cli",
+    "predictors", "formulas", "codecs", "manifest", "diff", "composition", "catalog", "store", "prediction",
+    "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases", "merging", "assembling",
+    "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore", "dehydrate", "coherence",
+    "vfs", "libfuse", "fuse", "mountpoints", "mountoptions", "daemon", "mounting", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 
