@@ -49,10 +49,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The parents chosen, best first, and why, one line each for the user."""
+    """The parents chosen, best first, and why, one line each for the user. ``considered``: all that resemble the model
+    by their fingerprints, and files of other kinds that may be a part of it, the most alike first."""
 
     parents: tuple[Candidate, ...]
     reasons: tuple[str, ...]
+    considered: tuple[Candidate, ...] = ()
 
 
 def facts_of_file(store: Store, path: Path, source: FileSource | None = None) -> ModelFacts:
@@ -110,31 +112,37 @@ def choose(
     Nothing found is a choice too: no parents, and a line that says so.
     """
     plain, diffs = _candidates(store, exclude)
-    ranked = sorted(plain, key=lambda c: coverage(facts, match(facts, [c.facts])))
-    resembling = [c for c in ranked[:FINALISTS] if coverage(facts, match(facts, [c.facts])) < _RESEMBLES]
+    covered = [(coverage(facts, match(facts, [c.facts])), c) for c in plain]
+    alike = sorted((item for item in covered if item[0] < _RESEMBLES), key=lambda item: item[0])
+    resembling = [c for _, c in alike[:FINALISTS]]
     scored = sorted(((evaluate(c), c) for c in resembling), key=lambda item: item[0])
     considered = len(plain) + len(diffs[:DIFF_CANDIDATES])
     sampled = []
     for entry in diffs[:DIFF_CANDIDATES]:
         with contextlib.suppress(HydraError):
             theirs, _ = facts_of_diff(store, entry.path)
-            if coverage(facts, match(facts, [theirs])) < _RESEMBLES:
+            share = coverage(facts, match(facts, [theirs]))
+            if share < _RESEMBLES:
                 candidate = Candidate(entry, theirs)
+                alike.append((share, candidate))
                 sampled.append((sampled_cost(target, facts, candidate, opener), candidate))
     for _, candidate in sorted(sampled, key=lambda item: item[0])[:DIFF_FINALISTS]:
         share = evaluate(candidate)
         # One more step in the chain costs time at every read, and one more file that must not be lost.
         if share < _DIFF_MUST_BE * (scored[0][0] if scored else 1.0):
             scored.insert(0, (share, candidate))
+    # A LoRA resembles nothing, and may be what was added to a model.
+    parts = (c for c in plain if any("lora" in t.name for t in c.facts.tensors[:64]))
+    everything = (*(c for _, c in sorted(alike, key=lambda item: item[0])), *parts)
     if not scored:
-        return Choice((), (f"no base: none of {considered} models resembles it",))
+        return Choice((), (f"no base: none of {considered} models resembles it",), everything)
     best = scored[0][1]
     reason = f"base {best.entry.name}: about {scored[0][0]:.1%} of the model is new"
     if len(scored) > 1:
         reason += f" (next best {scored[1][1].entry.name}, {scored[1][0]:.1%}; {considered} considered)"
     parents, reasons = [best], [reason]
     _add_further(facts, parents, [c for c in plain if c is not best], reasons)
-    return Choice(tuple(parents), tuple(reasons))
+    return Choice(tuple(parents), tuple(reasons), everything)
 
 
 def _candidates(store: Store, exclude: Sequence[Path]) -> tuple[list[Candidate], list[ModelEntry]]:

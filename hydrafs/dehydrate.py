@@ -22,14 +22,16 @@ from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
-from hydrafs.diff import SUFFIX, DiffWriter
+from hydrafs.composition import made_of
+from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
+from hydrafs.explaining import explained
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, sha256
 from hydrafs.layout import FileSource, Layout, plain_text
 from hydrafs.manifest import Manifest, Parent
-from hydrafs.matching import Match, match
+from hydrafs.matching import Computed, Match, match
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
 from hydrafs.rehydrate import Rehydrated
@@ -123,8 +125,7 @@ def dehydrate(
                 exclude=(model, *options.not_bases),
                 evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
             )
-        matches = match(facts, [c.facts for c in choice.parents])
-        entries, matches = _only_used([c.entry for c in choice.parents], matches)
+        entries, matches = _predicted(store, opener, source, layout, facts, choice)
         hashes = BaseHashes(store, entries)
         parents = hashes.parents
         opened: list[FileSource | Rehydrated] = []
@@ -177,7 +178,8 @@ def dehydrate(
                 temporary.commit(target, replace=replace)
             _remember(store, model, before, target, manifest.sha256, facts)
             removed = not options.keep and _may_go(source, opened) and _remove(model, source, before)
-            reasons = choice.reasons
+            with DiffFile(target) as diff:
+                reasons = (*choice.reasons, *map(str, made_of(diff)))
             if not removed and not options.keep:
                 reasons += (
                     "the original is kept: it, or what its diff needs, is in use or changed; dehydrate it again",
@@ -234,17 +236,35 @@ def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
             facts = bases.facts_of_file(store, entry.path)
             store.add_base_folder(entry.path.resolve().parent)
         candidates.append(bases.Candidate(entry, facts))
-    return bases.Choice(tuple(candidates), ("base as named: " + ", ".join(c.entry.name for c in candidates),))
+    reason = "base as named: " + ", ".join(c.entry.name for c in candidates)
+    return bases.Choice(tuple(candidates), (reason,), tuple(candidates))
 
 
-def _only_used(entries: list[ModelEntry], matches: list[Match | None]) -> tuple[list[ModelEntry], list[Match | None]]:
-    used = sorted({m.parent for m in matches if m and m.parent >= 0})
-    number = {old: new for new, old in enumerate(used)}
-    renumbered = [
-        Match(number[m.parent], m.offset, m.dtype, m.count, m.how, m.distance) if m and m.parent >= 0 else m
-        for m in matches
-    ]
-    return [entries[i] for i in used], renumbered
+def _predicted(
+    store: Store, opener: Opener, source: FileSource, layout: Layout, facts: ModelFacts, choice: bases.Choice
+) -> tuple[list[ModelEntry], list[Match | Computed | None]]:
+    """The parents that are used, and what predicts each tensor: a parent's, or a formula where the model is a merge."""
+
+    def open_model(candidate: bases.Candidate) -> FileSource | Rehydrated | None:
+        with contextlib.suppress(HydraError):
+            parent = opener.open(candidate.entry)
+            try:
+                _check_chain(source, [parent])
+                return parent
+            except HydraError:
+                parent.close()
+        return None
+
+    def sha256_of(candidate: bases.Candidate) -> bytes | None:
+        path = candidate.entry.path
+        with contextlib.suppress(HydraError, OSError):
+            if candidate.entry.is_diff:
+                return trailer_of(path).sha256
+            return store.catalog.sha256(path, FileIdentity.of(path.stat()))
+        return None
+
+    parents, matches = explained(source, layout.metadata, facts, choice, open_model, sha256_of)
+    return [c.entry for c in parents], matches
 
 
 def _manifest(source: FileSource, name: str, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:

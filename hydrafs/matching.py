@@ -97,7 +97,7 @@ def _shared_elements(target: TensorFacts, other: TensorFacts) -> int:
     return 0
 
 
-class _Index:
+class NameIndex:
     """The tensors of one parent, by what they can be found by."""
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -111,6 +111,7 @@ class _Index:
             self.by_size.setdefault(_elements(tensor), []).append(tensor)
 
     def named(self, target: TensorFacts) -> tuple[TensorFacts, str] | None:
+        """The tensor of the same name, else of the same name without prefixes, and which of the two it was."""
         for name in (target.name, *target.aliases):
             found = self.by_name.get(name)
             if found and _shared_elements(target, found):
@@ -142,11 +143,11 @@ def match(target: ModelFacts, parents: Sequence[ModelFacts]) -> list[Match | Non
     A match found by name in an earlier parent is taken while it is good; else the closest of all that the names and the
     values suggest. EMA copies and repeated tensors are predicted by the model itself where no parent does better.
     """
-    indexes = [_Index(parent) for parent in parents]
+    indexes = [NameIndex(parent) for parent in parents]
     return _within(target, [_best(tensor, indexes) for tensor in target.tensors])
 
 
-def _best(tensor: TensorFacts, indexes: list[_Index]) -> Match | None:
+def _best(tensor: TensorFacts, indexes: list[NameIndex]) -> Match | None:
     best: Match | None = None
     for number, index in enumerate(indexes):
         named = index.named(tensor)

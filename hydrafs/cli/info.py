@@ -10,11 +10,11 @@ import click
 
 from hydrafs import containers
 from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table, say
-from hydrafs.codecs import registry
+from hydrafs.composition import formula_text, made_of, span_costs
 from hydrafs.diff import DiffFile
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
-from hydrafs.manifest import PREDICTION_NONE, PREDICTION_SAME, SELF
+from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, PREDICTION_SAME, SELF
 from hydrafs.store import ModelEntry, Store
 
 
@@ -34,6 +34,8 @@ def command(model: str, as_json: bool) -> None:
         say(f"SHA-256 {facts['sha256']}")
     if entry.is_diff:
         say(f"stored in {facts['diff']}: {human(facts['stored'])} ({percent(facts['stored'], facts['size'])})")
+        for line in facts["made_of"]:
+            say(f"made of {line}")
         for parent in facts["parents"]:
             say(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
     rows = [
@@ -64,6 +66,7 @@ def _plain_facts(store: Store, entry: ModelEntry) -> dict[str, Any]:
         "stored": layout.size,
         "sha256": digest.hex() if digest else "",
         "parents": [],
+        "made_of": [],
         "spans": [_span(s.name, s.dtype, s.shape, s.nbytes, s.nbytes, "-", "-") for s in layout.tensors],
     }
 
@@ -73,7 +76,7 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
         manifest = diff.manifest
         spans = []
         literal_size = literal_stored = 0
-        for number, (stored, codecs) in enumerate(_costs(diff)):
+        for number, (stored, codecs) in enumerate(span_costs(diff)):
             span = manifest.spans[number]
             section = manifest.sections[span.section]
             if not section.dtype:
@@ -82,6 +85,8 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
                 continue
             if span.prediction == PREDICTION_NONE:
                 prediction = "none"
+            elif span.prediction == PREDICTION_FORMULA:
+                prediction = f"formula, {formula_text(manifest, span)}"
             else:
                 parent = "itself" if span.parent == SELF else manifest.parents[span.parent].name
                 kind = "same" if span.prediction == PREDICTION_SAME else "tensor"
@@ -102,30 +107,9 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
             "chunk_size": manifest.chunk_nbytes,
             "writer": manifest.writer,
             "parents": [{"name": p.name, "sha256": p.sha256.hex(), "size": p.size} for p in manifest.parents],
+            "made_of": [str(part) for part in made_of(diff)],
             "spans": spans,
         }
-
-
-def _costs(diff: DiffFile) -> list[tuple[int, str]]:
-    """For each span the stored bytes of its share of its chunks, and the codecs that they use."""
-    manifest, table = diff.manifest, diff.table
-    size = manifest.chunk_nbytes
-    costs = []
-    for number, span in enumerate(manifest.spans):
-        begin = int(table.in_section[number])
-        end = begin + span.nbytes
-        whole = int(table.section_nbytes[span.section])
-        stored = 0.0
-        codecs: dict[str, None] = {}
-        for place in range(begin // size, -(-end // size)):
-            chunk = int(table.first_chunk[span.section]) + place
-            held = min(size, whole - place * size)
-            mine = min(end, place * size + held) - max(begin, place * size)
-            stored += diff.chunk_nbytes[chunk] * mine / held
-            code = diff.chunk_codec[chunk]
-            codecs["-" if code == registry.NONE else registry.by_id(code).name] = None
-        costs.append((round(stored), ", ".join(codecs)))
-    return costs
 
 
 def _span(
