@@ -3,6 +3,7 @@
 Rule 1: the original goes only after the diff, read back from disk, has given its SHA-256.
 Rule 2: a model that changes while it is read is left as it is, and nothing is written under its name.
 Rule 3: whatever goes wrong, the store holds the original and no half of a diff.
+Beside the pass over the model run: the SHA-256 of a base that is new here, reading ahead, and writing the diff to disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hydrafs import bases, containers
+from hydrafs import bases, containers, prefetch
+from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
@@ -24,7 +26,7 @@ from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
 from hydrafs.fingerprint import facts_of
-from hydrafs.identity import FileIdentity, probe, sha256
+from hydrafs.identity import FileIdentity, sha256
 from hydrafs.layout import FileSource, Layout, plain_text
 from hydrafs.manifest import Manifest, Parent
 from hydrafs.matching import Match, match
@@ -118,8 +120,10 @@ def dehydrate(
             )
         matches = match(facts, [c.facts for c in choice.parents])
         entries, matches = _only_used([c.entry for c in choice.parents], matches)
-        parents = [_parent(store, entry, report) for entry in entries]
+        hashes = BaseHashes(store, entries)
+        parents = hashes.parents
         opened: list[FileSource | Rehydrated] = []
+        ahead: prefetch.Prefetch | None = None
         try:
             opened.extend(opener.open(entry) for entry in entries)
             _check_chain(source, opened)
@@ -128,6 +132,7 @@ def dehydrate(
             plan = make_plan(
                 source, layout, matches, chunk_nbytes=options.chunk_nbytes, codec="raw" if raw else "planes"
             )
+            ahead = prefetch.Prefetch(prefetch.for_coding(source, plan.spans, plan.sections, opened))
             if not raw:
                 names = codecs_for(options.codec)
                 predictor = predictor_for(source, plan, opened, _manifest(source, layout, plan, parents))
@@ -138,6 +143,12 @@ def dehydrate(
                 return _left_alone(model, source.size, round(share * source.size), choice.reasons)
             _check_space(folder, share * source.size, model)
             with TemporaryFile(folder) as temporary, _disk_errors(target):
+
+                def encoded(nbytes: int) -> None:
+                    ahead.advance(nbytes)
+                    temporary.write_back()
+                    report("encode", nbytes, source.size)
+
                 manifest = encode_model(
                     source,
                     plan,
@@ -146,7 +157,8 @@ def dehydrate(
                     manifest,
                     jobs=options.jobs,
                     raw=raw,
-                    progress=lambda nbytes: report("encode", nbytes, source.size),
+                    progress=encoded,
+                    last=lambda: hashes.complete(lambda nbytes, total: report("hash", nbytes, total)),
                 )
                 _unchanged(model, source, before)
                 temporary.flush_to_disk()
@@ -168,6 +180,9 @@ def dehydrate(
             names = tuple(p.name for p in parents)
             return Outcome(model, target, source.size, stored, manifest.sha256, names, reasons, removed)
         finally:
+            hashes.close()
+            if ahead is not None:
+                ahead.close()
             for parent in opened:
                 parent.close()
 
@@ -223,26 +238,6 @@ def _only_used(entries: list[ModelEntry], matches: list[Match | None]) -> tuple[
         for m in matches
     ]
     return [entries[i] for i in used], renumbered
-
-
-def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
-    name = plain_text(store.relative(entry.path.with_name(Path(entry.name).name)))
-    if entry.is_diff:
-        trailer = trailer_of(entry.path)
-        return Parent(trailer.sha256, trailer.size, name, 0)
-    path = entry.path.resolve()
-    with FileSource(path) as source:
-        identity = FileIdentity.of(source.stat)
-        digest = store.catalog.sha256(path, identity)
-        if digest is None:
-            digest = sha256(source, lambda nbytes: report("hash", nbytes, source.size))
-            if FileIdentity.of(os.stat(path)) != identity:
-                raise Changing("a base changed while it was read", where=path)
-            store.catalog.remember_sha256(path, identity, digest)
-        if entry.path != path:
-            stat = FileIdentity.of(os.stat(entry.path))
-            store.catalog.remember_sha256(entry.path, stat, digest)
-        return Parent(digest, source.size, name, probe(source))
 
 
 def _manifest(source: FileSource, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:

@@ -30,13 +30,12 @@ from hydrafs.manifest import (
     PREDICTION_SAME,
     SELF,
     Manifest,
+    Parent,
     SpanRecord,
     tabulate,
 )
 from hydrafs.plan import Plan
 from hydrafs.prediction import Predictor
-
-_READ_NBYTES = 4 << 20
 
 Progress = Callable[[int], None]
 
@@ -70,17 +69,17 @@ def code_chunk(
     nbytes = target.nbytes
     checksum = xxhash.xxh3_64_intdigest(target)
     pieces = predictor.pieces(section, begin, nbytes)
-    same_type = [p for p in pieces if _same_type(predictor.spans[p.span])]
     prediction = predictor.predict(section, begin, nbytes, dtype)
     different: set[int] = set()
     if prediction is not None:
-        if same_type and not np.array_equal(prediction, target):
-            for p in same_type:
-                part = slice(p.place, p.place + p.nbytes)
-                if not np.array_equal(prediction[part], target[part]):
-                    different.add(p.span)
-        if np.array_equal(prediction, target):
+        if same_bytes(prediction, target):
             return Coded(b"", registry.NONE, 0, checksum, ())
+        for p in pieces:
+            part = slice(p.place, p.place + p.nbytes)
+            if _same_type(predictor.spans[p.span]) and (
+                len(pieces) == 1 or not same_bytes(prediction[part], target[part])
+            ):
+                different.add(p.span)
     unlike = tuple(different)
     plain = Coded(target.tobytes(), registry.by_name("raw").id, FLAG_UNPREDICTED, checksum, unlike)
     if raw:
@@ -93,7 +92,7 @@ def code_chunk(
         if small is not None:
             coded, flags, target = DTYPES[record.narrow], FLAG_NARROWED, small
             prediction = predictor.predict(section, begin, nbytes, coded)
-            if prediction is not None and np.array_equal(prediction, target):
+            if prediction is not None and same_bytes(prediction, target):
                 return Coded(b"", registry.NONE, flags, checksum, unlike)
     if prediction is not None:
         payload = codec.encode(prediction, target, coded, record.params)
@@ -115,6 +114,16 @@ def _smaller(one: Coded, other: Coded) -> Coded:
     return other if len(other.payload) < len(one.payload) else one
 
 
+def same_bytes(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    """Whether two arrays of the same number of bytes are equal; what differs mostly does so within its first page."""
+    head, whole = 4096, one.nbytes // 8 * 8
+    return (
+        np.array_equal(one[:head], other[:head])
+        and np.array_equal(one[:whole].view(np.uint64), other[:whole].view(np.uint64))
+        and np.array_equal(one[whole:], other[whole:])
+    )
+
+
 def _same_type(span: SpanRecord) -> bool:
     return span.prediction != PREDICTION_NONE and not span.origin_dtype
 
@@ -129,11 +138,13 @@ def encode_model(
     jobs: int,
     raw: bool = False,
     progress: Progress | None = None,
+    last: Callable[[], tuple[Parent, ...]] | None = None,
 ) -> Manifest:
     """Code all of ``source`` into the ``DiffWriter`` that ``writer(chunk_count)`` gives, and finish the diff.
 
     Args:
         manifest: as it will be, save for the SHA-256 and for spans that turn out to be the very bytes of their parent.
+        last: gives the parents as they are to be written, when all chunks are; what it raises ends it all.
         jobs: how many threads code.
         progress: is told how many more bytes of the model were read.
 
@@ -160,34 +171,48 @@ def encode_model(
     sent = [0] * len(plan.sections)
     left = table.section_nbytes.tolist()
     digest = hashlib.sha256()
+
+    def taken(block: bytes | npt.NDArray[np.uint8], section: int) -> None:
+        digest.update(block)
+        left[section] -= len(block)
+        if progress:
+            progress(len(block))
+
+    def send(section: int, target: npt.NDArray[np.uint8]) -> None:
+        others = plan.others[section] if plan.others else ()
+        begin = sent[section] * plan.chunk_nbytes
+        future = pool.submit(code_chunk, predictor, section, begin, target, raw=raw, others=others)
+        pending.append((int(table.first_chunk[section]) + sent[section], future))
+        sent[section] += 1
+        while len(pending) > 3 * jobs + 2:
+            write_one()
+
     with ThreadPoolExecutor(jobs, "hydrafs-encode") as pool:
         try:
             for number, span in enumerate(plan.spans):
                 section = span.section
                 offset, end = int(table.offsets[number]), int(table.offsets[number]) + span.nbytes
                 while offset < end:
-                    block = source.pread(offset, min(_READ_NBYTES, end - offset))
-                    if not block:
-                        raise Changing("a model became shorter while it was read", where=manifest.name)
-                    digest.update(block)
-                    offset += len(block)
-                    if progress:
-                        progress(len(block))
-                    buffer = filling.setdefault(section, bytearray())
-                    buffer += block
-                    left[section] -= len(block)
-                    while len(buffer) >= plan.chunk_nbytes or (buffer and not left[section]):
-                        target = np.frombuffer(bytes(memoryview(buffer)[: plan.chunk_nbytes]), np.uint8)
-                        del buffer[: plan.chunk_nbytes]
-                        begin = sent[section] * plan.chunk_nbytes
-                        others = plan.others[section] if plan.others else ()
-                        future = pool.submit(code_chunk, predictor, section, begin, target, raw=raw, others=others)
-                        pending.append((int(table.first_chunk[section]) + sent[section], future))
-                        sent[section] += 1
-                        while len(pending) > 3 * jobs + 2:
-                            write_one()
-                    if not left[section]:
-                        del filling[section]
+                    chunk = min(plan.chunk_nbytes, left[section])
+                    if section not in filling and end - offset >= chunk:
+                        # Most bytes of most models: a chunk of one tensor, read to where it is coded from.
+                        target = np.empty(chunk, np.uint8)
+                        count = source.pread_into(offset, memoryview(target))
+                        if count < chunk:
+                            raise Changing("a model became shorter while it was read", where=manifest.name)
+                        taken(target, section)
+                        send(section, target)
+                    else:
+                        buffer = filling.setdefault(section, bytearray())
+                        count = min(end - offset, plan.chunk_nbytes - len(buffer))
+                        block = source.pread(offset, count)
+                        if len(block) < count:
+                            raise Changing("a model became shorter while it was read", where=manifest.name)
+                        taken(block, section)
+                        buffer += block
+                        if len(buffer) == plan.chunk_nbytes or not left[section]:
+                            send(section, np.frombuffer(filling.pop(section), np.uint8))
+                    offset += count
             while pending:
                 write_one()
         except BaseException:
@@ -200,7 +225,8 @@ def encode_model(
         else span
         for number, span in enumerate(plan.spans)
     )
-    complete = msgspec.structs.replace(manifest, spans=spans, sha256=digest.digest())
+    known = last() if last else manifest.parents
+    complete = msgspec.structs.replace(manifest, spans=spans, sha256=digest.digest(), parents=known)
     output.finish(complete)
     return complete
 

@@ -23,6 +23,7 @@ from hydrafs.errors import AlreadyThere, NoSpace, UsageError, VerifyFailed, from
 from hydrafs.manifest import PREDICTION_SAME, PREDICTION_TENSOR
 from hydrafs.opening import Opener
 from hydrafs.plan import Plan
+from hydrafs.prefetch import Prefetch, in_order
 from hydrafs.readahead import DecodePool, Reader
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store, TemporaryFile, listed_name
@@ -60,7 +61,14 @@ def prove(store: Store, diff: Path, progress: Progress | None = None, digest: by
     with contextlib.closing(opener), contextlib.closing(opener.open_diff(diff)) as model:
         # What the page cache holds of the diff is not what the disk holds.
         os.posix_fadvise(model.diff.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        found = read_all(model, lambda block: None, progress)
+        with contextlib.closing(Prefetch(in_order(model.diff.fd, model.diff.size, model.size))) as ahead:
+
+            def read(nbytes: int) -> None:
+                ahead.advance(nbytes)
+                if progress:
+                    progress(nbytes)
+
+            found = read_all(model, lambda block: None, read)
         expected = digest or model.manifest.sha256
         if found != expected:
             raise _another(diff, found, expected)

@@ -31,6 +31,7 @@ else:  # pragma: no cover - depends on the interpreter
 
 PRIVATE = ".hydrafs"
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+_WRITE_BACK_NBYTES = 32 << 20
 _TEMPORARY = ".hydrafs-tmp-"
 _MAX_LINKS = 40  # as path_resolution(7) has it
 
@@ -120,6 +121,19 @@ class TemporaryFile:
             raise from_oserror(error, "cannot write in", folder) from error
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.file: BinaryIO = os.fdopen(fd, "w+b", buffering=1 << 20)
+        self._written_back = 0
+
+    def write_back(self) -> None:
+        """Let the kernel begin to write what it holds of the file, once there is enough of it: the less has
+        ``flush_to_disk`` to wait for. Promises nothing."""
+        end = self.file.tell()
+        if end - self._written_back < _WRITE_BACK_NBYTES:
+            return
+        self.file.flush()
+        # On dirty pages this starts writing them and returns; sync_file_range(2) is not within Python's reach.
+        with contextlib.suppress(OSError):
+            begin, self._written_back = self._written_back, end
+            os.posix_fadvise(self.file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
     def flush_to_disk(self) -> None:
         """What was written is on the disk when this returns."""

@@ -1,0 +1,133 @@
+"""The SHA-256 of bases, taken beside the coding of a model.
+
+Goal: a base that is used for the first time costs no pass of its own: its hash is needed when the manifest is written,
+and that is the last thing to be written.
+Rule 1: a base that changes while it is hashed fails the whole, and no SHA-256 of it is remembered.
+Rule 2: whoever stops early (an error, an interrupt, a model that is left alone) does not wait for a base to be hashed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import msgspec
+
+from hydrafs.errors import Changing
+from hydrafs.identity import FileIdentity, probe, sha256
+from hydrafs.layout import FileSource, plain_text
+from hydrafs.manifest import Parent
+from hydrafs.store import ModelEntry, Store, trailer_of
+
+_TELL_SECONDS = 0.1
+
+
+class BaseHashes:
+    """The parents of one diff, and a thread that takes the SHA-256s which the catalog does not know, one after another.
+
+    Thread safety: its methods are for one thread, which calls ``close`` last.
+    """
+
+    def __init__(self, store: Store, entries: Sequence[ModelEntry]) -> None:
+        """Describe the models ``entries`` as parents and begin to hash.
+
+        Raises:
+            HydraError: one of them cannot be read.
+        """
+        self._store = store
+        self._stopped = threading.Event()
+        self._pool = ThreadPoolExecutor(1, "hydrafs-basehash")
+        self._pending: list[tuple[int, Path, Future[bytes]]] = []
+        self._total = 0
+        self._read = 0
+        self.parents: tuple[Parent, ...] = ()
+        """As the manifest names them. In place of a SHA-256 that is being taken stands the parent's number, as no
+        two parents may have the same; ``complete`` knows better."""
+        try:
+            self.parents = tuple(self._describe(number, entry) for number, entry in enumerate(entries))
+        except BaseException:
+            self.close()
+            raise
+
+    def _describe(self, number: int, entry: ModelEntry) -> Parent:
+        name = plain_text(self._store.relative(entry.path.with_name(Path(entry.name).name)))
+        if entry.is_diff:
+            trailer = trailer_of(entry.path)
+            return Parent(trailer.sha256, trailer.size, name, 0)
+        path = entry.path.resolve()
+        source = FileSource(path)
+        try:
+            known = self._store.catalog.sha256(path, FileIdentity.of(source.stat))
+            parent = Parent(known or number.to_bytes(32, "little"), source.size, name, probe(source))
+        except BaseException:
+            source.close()
+            raise
+        if known:
+            source.close()
+            self._remember(entry.path, path, known)
+        else:
+            self._total += source.size
+            self._pending.append((number, entry.path, self._pool.submit(self._take, path, source)))
+        return parent
+
+    def _take(self, path: Path, source: FileSource) -> bytes:
+        with source:
+            identity = FileIdentity.of(source.stat)
+            digest = sha256(source, self._count)
+            try:
+                now = FileIdentity.of(os.stat(path))
+            except OSError as error:
+                raise Changing("a base went away while it was read", where=path) from error
+            if now != identity:
+                raise Changing("a base changed while it was read", where=path)
+            self._store.catalog.remember_sha256(path, identity, digest)
+            return digest
+
+    def _count(self, nbytes: int) -> None:
+        self._read += nbytes
+        if self._stopped.is_set():
+            raise _Stopped
+
+    def _remember(self, named: Path, resolved: Path, digest: bytes) -> None:
+        if named != resolved:
+            with contextlib.suppress(OSError):
+                self._store.catalog.remember_sha256(named, FileIdentity.of(os.stat(named)), digest)
+
+    def complete(self, progress: Callable[[int, int], None]) -> tuple[Parent, ...]:
+        """The parents with all SHA-256s, which it waits for.
+
+        Args:
+            progress: is told, on the calling thread, how many more bytes of all that had to be hashed were read; never
+                where all was known.
+
+        Raises:
+            Changing: a base changed while it was read.
+            HydraError: it cannot be read.
+        """
+        told = 0
+        complete = list(self.parents)
+        for number, named, future in self._pending:
+            done = False
+            while not done:
+                done = bool(wait((future,), timeout=_TELL_SECONDS).done)
+                read = self._read
+                if read > told:
+                    progress(read - told, self._total)
+                    told = read
+            digest = future.result()
+            self._remember(named, named.resolve(), digest)
+            complete[number] = msgspec.structs.replace(complete[number], sha256=digest)
+        return tuple(complete)
+
+    def close(self) -> None:
+        """Stop; what is not known stays so."""
+        self._stopped.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """What hashing ends with when nobody needs it any more."""
