@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from hydrafs.allocator import tune_allocator
 from hydrafs.choosing import AUTOMATIC
 from hydrafs.cli.common import (
     default_jobs,
@@ -50,6 +51,7 @@ def command(
     The diff is read back from disk and must give the model's SHA-256 before the original is removed. A model that would
     not shrink by 5 % is left alone.
     """
+    tune_allocator()
     paths = [real_path(m) for m in models]
     outcomes: list[dict[str, object]] = []
     worst = 0

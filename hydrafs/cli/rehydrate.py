@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import restore
+from hydrafs.allocator import tune_allocator
 from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, say
 from hydrafs.store import trailer_of
 
@@ -18,6 +19,7 @@ from hydrafs.store import trailer_of
 @json_option
 def command(diff: str, output: Path | None, as_json: bool) -> None:
     """Write the model that DIFF stands for as a full file, with its mode and mtime. The diff stays where it is."""
+    tune_allocator()
     store, entry = find_model(diff)
     with contextlib.closing(store):
         size = trailer_of(entry.path).size if entry.is_diff else 0
