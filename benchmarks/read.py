@@ -41,6 +41,7 @@ CLIENTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "first byte": (clients.first_byte, "safetensors"),
 }
 
+STATES = ("cold, base warm", "cold, base cold", "warm")
 COLD_GB_S = 0.7
 FIRST_BYTE_SECONDS = 0.05
 WARM_RATIO = {"cat": 0.4}
@@ -288,7 +289,7 @@ def main() -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="only states with this in their name",
+        help="only states with this in their name, or of this name",
     )
     parser.add_argument(
         "--only", choices=("dehydrate", "read"), help="measure one of both; reading dehydrates once beforehand"
@@ -306,9 +307,8 @@ def main() -> None:
     models = make_models(folder, shrink=args.shrink)
     clients.warm_imports()
     chosen = [c for c in CLIENTS if not args.client or any(text in c for text in args.client)]
-    states = [
-        s for s in ("cold, base warm", "cold, base cold", "warm") if not args.state or any(t in s for t in args.state)
-    ]
+    wanted = args.state or [""]
+    states = [s for s in STATES if any(text == s or (text in s and text not in STATES) for text in wanted)]
     if args.only == "dehydrate":
         states = []
     work = Path(tempfile.mkdtemp(prefix="read-", dir=folder))
