@@ -1,16 +1,18 @@
 """The table *read*: loaders on a model in the mount, against the same model as a plain file.
 
 Cold means that nothing is in the page cache and the daemon is new; the base is then in the page cache ("base warm") or
-not. Warm means that the whole file was read before. Plain and mount alternate; medians count.
+not. Warm means that the whole file was read before, by the clients of another FUSE filesystem too: what FUSE costs on
+this kernel is no fault of hydrafs. The sides alternate; medians count.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks import clients
@@ -25,7 +27,7 @@ from benchmarks.common import (
     timing,
     write_json,
 )
-from benchmarks.machine import Mount, disk_nbytes_read, drop_caches, read_into_cache
+from benchmarks.machine import AnyFuse, Mount, disk_nbytes_read, drop_caches, read_into_cache
 from benchmarks.sdmodel import Models, make_models
 
 CLIENTS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -39,6 +41,7 @@ CLIENTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "first byte": (clients.first_byte, "safetensors"),
 }
 
+STATES = ("cold, base warm", "cold, base cold", "warm")
 COLD_GB_S = 0.7
 FIRST_BYTE_SECONDS = 0.05
 WARM_RATIO = {"cat": 0.4}
@@ -68,6 +71,8 @@ class Measured:
     plain_disk_nbytes: float
     mount_disk_nbytes: float
     daemon_rss_nbytes: int
+    any_fuse_seconds: float | None = None
+    """The same client on the plain file, passed through by another FUSE filesystem."""
 
     @property
     def ratio(self) -> float:
@@ -87,9 +92,10 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Dehydrated:
-    """What dehydrating one model took, with the proof by reading back, and what it left."""
+    """What dehydrating one model took, with the proof by reading back, and what it left: medians."""
 
     name: str
+    state: str
     model_nbytes: int
     diff_nbytes: int
     seconds: float
@@ -107,15 +113,28 @@ class Reading:
         self.base = self.store / models.base.name
         link_or_copy(models.base, self.base)
 
-    def dehydrate(self) -> list[Dehydrated]:
-        """Makes the diffs, originals kept."""
+    def dehydrate(self, state: str, repeat: int) -> list[Dehydrated]:
+        """Makes the diffs, originals kept. ``state`` is what the page cache holds of model and base: all, or nothing.
+        Each time the base is new to the store, so its SHA-256 has to be taken too."""
         done = []
         for model in (self.models.tuned, self.models.checkpoint):
-            say(f"dehydrating {model.name}")
-            with timing() as timed:
-                hydrafs("dehydrate", model, "--store", self.store, "--base", self.base, "--keep")
-            sizes = model.stat().st_size, (self.store / f"{model.name}.hydra").stat().st_size
-            done.append(Dehydrated(model.name, *sizes, timed().seconds, timed().cpu_seconds))
+            diff = self.store / f"{model.name}.hydra"
+            runs = []
+            for _ in range(repeat):
+                say(f"dehydrating {model.name}, {state}")
+                diff.unlink(missing_ok=True)
+                shutil.rmtree(self.store / ".hydrafs", ignore_errors=True)
+                if state == "cold":
+                    self.drop()
+                else:
+                    read_into_cache(model)
+                    read_into_cache(self.base)
+                with timing() as timed:
+                    hydrafs("dehydrate", model, "--store", self.store, "--base", self.base, "--keep")
+                runs.append((timed().seconds, timed().cpu_seconds))
+            seconds, cpu_seconds = (median(column) for column in zip(*runs, strict=True))
+            sizes = model.stat().st_size, diff.stat().st_size
+            done.append(Dehydrated(model.name, state, *sizes, seconds, cpu_seconds))
         return done
 
     def mount(self) -> Mount:
@@ -148,18 +167,29 @@ class Reading:
             runs.append((plain_seconds, plain_disk, seconds, disk, rss))
         return self._measured(name, f"cold, base {'warm' if base_warm else 'cold'}", plain, runs)
 
-    def warm(self, name: str, mount: Mount, *, repeat: int) -> Measured:
+    def warm(self, name: str, mount: Mount, any_fuse: AnyFuse | None, *, repeat: int) -> Measured:
         """``repeat`` runs of a client on each side, after one that is not counted."""
         client, container = CLIENTS[name]
         plain, mounted = self.pair(container)
-        for path in (plain, mounted):
+        passed = [any_fuse.mountpoint / plain.name] if any_fuse else []
+        for path in (plain, mounted, *passed):
             read_into_cache(path)
             clients.timed_in_child(client, path)
         runs = []
+        others = []
         for _ in range(repeat):
             sides = (*self._timed(client, plain), *self._timed(client, mounted))
             runs.append((*sides, mount.peak_rss_nbytes()))
-        return self._measured(name, "warm", plain, runs)
+            others += [self._timed(client, path)[0] for path in passed]
+        measured = self._measured(name, "warm", plain, runs)
+        return replace(measured, any_fuse_seconds=median(others)) if others else measured
+
+    def any_fuse(self, mountpoint: Path) -> contextlib.AbstractContextManager[AnyFuse | None]:
+        """The plain models through another FUSE filesystem, where there is one."""
+        if AnyFuse.is_there():
+            return AnyFuse(self.models.tuned.parent, mountpoint)
+        say(f"{AnyFuse.COMMAND} is not installed: the warm table goes without it")
+        return contextlib.nullcontext()
 
     def _timed(self, client: Callable[[Path], None], path: Path) -> tuple[float, int]:
         before = disk_nbytes_read(self.base)
@@ -176,30 +206,17 @@ class Reading:
 def print_results(results: list[Measured], dehydrated: list[Dehydrated], cache_mib: int) -> None:
     """The tables, each with its bounds."""
     print(BOUNDS)
-    print_table(
-        "Dehydrate, with the proof by reading back",
-        ["", "model MB", "diff MB", "stored %", "seconds", "MB/s", "to reach", ""],
-        [
-            [
-                d.name,
-                number(d.model_nbytes / 1e6),
-                number(d.diff_nbytes / 1e6),
-                number(100 * d.diff_nbytes / d.model_nbytes, 2),
-                number(d.seconds, 2),
-                number(d.model_nbytes / 1e6 / d.seconds, 0),
-                f">= {DEHYDRATE_MB_S} MB/s",
-                _verdict(d.model_nbytes / 1e6 / d.seconds >= DEHYDRATE_MB_S),
-            ]
-            for d in dehydrated
-        ],
-    )
+    if dehydrated:
+        print_dehydrated(dehydrated)
     for state in dict.fromkeys(r.state for r in results):
         rows = []
+        with_other = any(r.any_fuse_seconds for r in results if r.state == state)
         for r in (r for r in results if r.state == state):
+            times = [r.plain_seconds, r.mount_seconds, *([r.any_fuse_seconds or 0.0] if with_other else [])]
             if r.client == "first byte":
-                speeds = [f"{1000 * r.plain_seconds:.2f} ms", f"{1000 * r.mount_seconds:.2f} ms"]
+                speeds = [f"{1000 * s:.2f} ms" for s in times]
             else:
-                speeds = [f"{r.model_nbytes / s / 1e9:.2f} GB/s" for s in (r.plain_seconds, r.mount_seconds)]
+                speeds = [f"{r.model_nbytes / s / 1e9:.2f} GB/s" for s in times]
             disk = [number(nbytes / 1e6, 0) for nbytes in (r.plain_disk_nbytes, r.mount_disk_nbytes)]
             wanted, met = r.bound() or ("", None)
             rows.append(
@@ -207,13 +224,16 @@ def print_results(results: list[Measured], dehydrated: list[Dehydrated], cache_m
                     r.client,
                     *speeds,
                     f"{r.ratio:.2f} x",
+                    *([f"{times[2] / r.mount_seconds:.2f} x"] if with_other else []),
                     *disk,
                     number(r.daemon_rss_nbytes / 1e6, 0),
                     wanted,
                     _verdict(met),
                 ]
             )
-        header = ["", "plain", "mount", "mount/plain", "plain disk MB", "mount disk MB", "daemon MB", "to reach", ""]
+        other = [AnyFuse.COMMAND] if with_other else []
+        ratios = ["mount/plain", *(f"mount/{name}" for name in other)]
+        header = ["", "plain", "mount", *other, *ratios, "plain disk MB", "mount disk MB", "daemon MB", "to reach", ""]
         print_table(f"Reading, {state}", header, rows)
     if results:
         peak, limit = max(r.daemon_rss_nbytes for r in results), (cache_mib << 20) + RSS_ABOVE_CACHE_NBYTES
@@ -221,6 +241,29 @@ def print_results(results: list[Measured], dehydrated: list[Dehydrated], cache_m
             f"\nthe daemon's peak RSS: {peak / 1e6:,.0f} MB with a cache of {cache_mib} MiB; "
             f"to reach <= {limit / 1e6:,.0f} MB: {_verdict(peak <= limit)}"
         )
+
+
+def print_dehydrated(dehydrated: list[Dehydrated]) -> None:
+    """The table of dehydrating."""
+    print_table(
+        "Dehydrate, with the SHA-256 of the base and the proof by reading back",
+        ["", "page cache", "model MB", "diff MB", "stored %", "seconds", "CPU s", "MB/s", "to reach", ""],
+        [
+            [
+                d.name,
+                d.state,
+                number(d.model_nbytes / 1e6),
+                number(d.diff_nbytes / 1e6),
+                number(100 * d.diff_nbytes / d.model_nbytes, 2),
+                number(d.seconds, 2),
+                number(d.cpu_seconds, 2),
+                number(d.model_nbytes / 1e6 / d.seconds, 0),
+                f">= {DEHYDRATE_MB_S} MB/s",
+                _verdict(d.model_nbytes / 1e6 / d.seconds >= DEHYDRATE_MB_S),
+            ]
+            for d in dehydrated
+        ],
+    )
 
 
 def _verdict(met: bool | None) -> str:
@@ -242,7 +285,14 @@ def main() -> None:
         "--client", action="append", default=[], metavar="TEXT", help="only clients with this in their name"
     )
     parser.add_argument(
-        "--state", action="append", default=[], metavar="TEXT", help="only states with this in their name"
+        "--state",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="only states with this in their name, or of this name",
+    )
+    parser.add_argument(
+        "--only", choices=("dehydrate", "read"), help="measure one of both; reading dehydrates once beforehand"
     )
     parser.add_argument(
         "--quick", action="store_true", help="a small model and one run of each: a test of the benchmark"
@@ -257,20 +307,25 @@ def main() -> None:
     models = make_models(folder, shrink=args.shrink)
     clients.warm_imports()
     chosen = [c for c in CLIENTS if not args.client or any(text in c for text in args.client)]
-    states = [
-        s for s in ("cold, base warm", "cold, base cold", "warm") if not args.state or any(t in s for t in args.state)
-    ]
+    wanted = args.state or [""]
+    states = [s for s in STATES if any(text == s or (text in s and text not in STATES) for text in wanted)]
+    if args.only == "dehydrate":
+        states = []
     work = Path(tempfile.mkdtemp(prefix="read-", dir=folder))
     try:
         reading = Reading(models, work, args.cache_mib)
-        dehydrated = reading.dehydrate()
+        if args.only == "read":
+            reading.dehydrate("warm", 1)
+            dehydrated = []
+        else:
+            dehydrated = [d for state in ("cold", "warm") for d in reading.dehydrate(state, args.repeat)]
         results = []
         for state in states:
             if state == "warm":
-                with reading.mount() as mount:
+                with reading.mount() as mount, reading.any_fuse(work / "any-fuse") as other:
                     for name in chosen:
                         say(f"{state}: {name}")
-                        results.append(reading.warm(name, mount, repeat=args.repeat))
+                        results.append(reading.warm(name, mount, other, repeat=args.repeat))
                 continue
             for name in chosen:
                 say(f"{state}: {name}")
@@ -281,7 +336,7 @@ def main() -> None:
         facts = {"cache_mib": args.cache_mib, "dehydrate": [asdict(d) for d in dehydrated]}
         write_json(args.json, {**facts, "read": [asdict(r) for r in results]})
     finally:
-        if not (work / "mount").is_mount():
+        if not any((work / name).is_mount() for name in ("mount", "any-fuse")):
             shutil.rmtree(work, ignore_errors=True)
 
 

@@ -113,7 +113,7 @@ def _of_parents(
                 last is not None
                 and last.fd == at.fd
                 and 0 <= at.offset - (last.offset + last.nbytes) < _WORTH_A_REQUEST_NBYTES
-                and at.offset + at.nbytes - last.offset <= STEP_NBYTES
+                and at.offset + at.nbytes - last.offset < STEP_NBYTES + _WORTH_A_REQUEST_NBYTES
             )
             if joined and last is not None:
                 last = Range(last.position, last.fd, last.offset, at.offset + at.nbytes - last.offset)

@@ -115,6 +115,7 @@ fi
 if [ "$STAGE" = bench ]; then
   want_command zstd zstd
   want_command xdelta3 xdelta3
+  want_command bindfs bindfs
 fi
 install_missing
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from hydrafs.allocator import tune_allocator
 from hydrafs.choosing import AUTOMATIC
 from hydrafs.cli.common import (
     default_jobs,
@@ -52,6 +53,7 @@ def command(
     """
     if no_compress and codec not in (None, "raw"):
         raise UsageError("options exclude each other", where=f"--no-compress, --codec {codec}", remedy="drop one")
+    tune_allocator()
     paths = [real_path(m) for m in models]
     outcomes: list[dict[str, object]] = []
     worst = 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import arithmetic, containers, restore
+from hydrafs.allocator import tune_allocator
 from hydrafs.cli.common import find_model, human, print_json, progress_bar, say
 from hydrafs.cli.making import keys_option, output_options, taking, write
 from hydrafs.errors import UsageError
@@ -76,6 +77,7 @@ def _entry_of(store: Store, source: object) -> ModelEntry:
 
 
 def _restore(diff: str, output: Path | None, as_json: bool) -> None:
+    tune_allocator()
     store, entry = find_model(diff)
     with contextlib.closing(store):
         size = trailer_of(entry.path).size if entry.is_diff else 0

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import restore
+from hydrafs.allocator import tune_allocator
 from hydrafs.cli.common import default_jobs, find_model, human, jobs_option, json_option, print_json, progress_bar, say
 from hydrafs.store import trailer_of
 
@@ -21,6 +22,7 @@ def command(diff: str, jobs: int | None, as_json: bool) -> None:
 
     What a parent holds byte for byte is still not stored.
     """
+    tune_allocator()
     store, entry = find_model(diff)
     with contextlib.closing(store):
         size = trailer_of(entry.path).size if entry.is_diff else 0

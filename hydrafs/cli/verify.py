@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from hydrafs import restore
+from hydrafs.allocator import tune_allocator
 from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, real_path, say
 from hydrafs.errors import HydraError, NotFound
 from hydrafs.store import ModelEntry, Store, find_root
@@ -21,6 +22,7 @@ def command(targets: tuple[str, ...], as_json: bool) -> int:
 
     Exit code 1 if any is bad; each is named, with what to do.
     """
+    tune_allocator()
     results = []
     for target in targets:
         store, entries = _entries(target)
