@@ -50,6 +50,7 @@ def command(as_json: bool) -> int:
         *_limits(),
         *_python(),
         _codec(),
+        _formulas(),
         *_mounts(),
     ]
     bad = [f for f in findings if f.state == "bad"]
@@ -184,6 +185,13 @@ def _codec() -> Finding:
         remedy = "apt-get install gcc python3-dev, then install hydrafs again: diffs get a third smaller and faster"
         return Finding("native codec", "note", level, remedy)
     return Finding("native codec", "ok", level)
+
+
+def _formulas() -> Finding:
+    if importlib.util.find_spec("hydrafs._formulas") is None:
+        remedy = "apt-get install gcc python3-dev, then install hydrafs again: virtual models are read twice as fast"
+        return Finding("native formulas", "note", "none: extension not built", remedy)
+    return Finding("native formulas", "ok", "there")
 
 
 def _mounts() -> list[Finding]:
