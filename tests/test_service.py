@@ -81,7 +81,7 @@ class TestStatus:
         (mounted / "tuned.safetensors").read_bytes()
         assert f"{mounted}: " in good(run("status")).out
         text = good(run("status", mounted)).out
-        for word in ("models", "cache", "decoded", "reads", "process", "worker"):
+        for word in ("models", "cache", "decoded", "reads", "process"):
             assert f"\n  {word}" in text
         lines = good(run("top", mounted, "--count", 2, "--interval", 0.1)).out
         assert lines.count("  cache ") == 2

@@ -9,7 +9,7 @@ import click
 from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, parse_nbytes, print_json, say
 from hydrafs.errors import UsageError
 
-_ACTIONS = ("cache-size", "drop", "log-level", "reload", "pause", "resume")
+_ACTIONS = ("cache-size", "drop", "log-level", "reload")
 
 
 @click.command("control", short_help="Tell a running daemon what to do.")
@@ -19,7 +19,7 @@ _ACTIONS = ("cache-size", "drop", "log-level", "reload", "pause", "resume")
 @json_option
 def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> None:
     """Tell the daemon of MOUNTPOINT: cache-size SIZE, drop (what it keeps decoded), log-level debug|info|warning|error,
-    reload (the store's config.toml), pause or resume (dehydrating in the background)."""
+    reload (the store's config.toml)."""
     request: dict[str, Any] = {}
     if action in ("cache-size", "log-level"):
         if value is None:

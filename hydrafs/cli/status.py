@@ -53,7 +53,6 @@ def lines_of(s: Status) -> list[str]:
         f"  reads     {s.reads}, {human(s.read_nbytes)}; {s.reads_in_flight} in flight, {s.failed_reads} failed",
         f"  files     {s.open_files} open; {s.opens} opened, {s.failed_opens} refused",
         f"  process   {human(s.rss_nbytes)} of memory, {s.cpu_seconds:.1f} s of processor time",
-        f"  worker    {s.worker}",
     ]
     lines += [f"  {time.strftime('%F %T', time.localtime(at))}  {text}" for at, text in s.errors[-5:]]
     return lines

@@ -1,4 +1,4 @@
-"""A tree whose opens and reads are counted: what status and metrics tell, and what a worker waits for.
+"""A tree whose opens and reads are counted: what status and metrics tell.
 
 Rule: counting never fails a request and never waits: a lock is held for an addition, and for nothing else.
 """
@@ -15,7 +15,6 @@ from typing import Any
 from hydrafs.attributes import Attributes
 
 _ERRORS_KEPT = 20
-_QUIET_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,6 @@ class Counters:
         self._opens = self._open_files = self._reads = self._read_nbytes = 0
         self._in_flight = self._failed_reads = self._failed_opens = 0
         self._read_seconds = 0.0
-        self._last_read = 0.0
         self._opened: dict[str, float] = {}
 
     def opened(self, path: str) -> None:
@@ -72,25 +70,17 @@ class Counters:
         """A read is being answered."""
         with self._lock:
             self._in_flight += 1
-            self._last_read = time.monotonic()
 
     def read_ends(self, nbytes: int | None, seconds: float) -> None:
         """It was answered with ``nbytes``, or failed."""
         with self._lock:
             self._in_flight -= 1
-            self._last_read = time.monotonic()
             if nbytes is None:
                 self._failed_reads += 1
             else:
                 self._reads += 1
                 self._read_nbytes += nbytes
                 self._read_seconds += seconds
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether somebody reads, or did within the last seconds."""
-        with self._lock:
-            return self._in_flight > 0 or time.monotonic() - self._last_read < _QUIET_SECONDS
 
     def counted(self) -> Counted:
         """All counts at one moment."""

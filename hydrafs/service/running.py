@@ -6,7 +6,6 @@ by name (metrics at an address) fails the start.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -154,7 +153,7 @@ class Served(Observed):
                 self.notifier.ready(self._status_line())
 
     def _actions(self) -> dict[str, Callable[[dict[str, Any]], Any]]:
-        actions: dict[str, Callable[[dict[str, Any]], Any]] = {
+        return {
             "status": lambda request: msgspec.to_builtins(self.reporter.status()),
             "lately-opened": lambda request: self.counters.lately_opened(),
             "cache-size": self._resize,
@@ -162,11 +161,6 @@ class Served(Observed):
             "log-level": self._log_level,
             "reload": self.reload,
         }
-        for name in ("pause", "resume"):
-            told: Callable[[], Any] | None = getattr(self.tree, f"{name}_worker", None)
-            if told is not None:
-                actions[name] = functools.partial(_without_request, told)
-        return actions
 
     def _resize(self, request: dict[str, Any]) -> dict[str, int]:
         nbytes = request.get("nbytes")
@@ -188,7 +182,3 @@ class Served(Observed):
         folders = [str(folder) for folder in self.tree.store.base_folders]
         log.info("the configuration was read again; base folders: %s", ", ".join(folders) or "none")
         return {"base_folders": folders}
-
-
-def _without_request(action: Callable[[], Any], request: dict[str, Any]) -> Any:
-    return action()

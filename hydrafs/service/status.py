@@ -7,7 +7,6 @@ import resource
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -58,7 +57,6 @@ class Status(msgspec.Struct, frozen=True):
     failed_opens: int
     rss_nbytes: int
     cpu_seconds: float
-    worker: str
     errors: tuple[tuple[float, str], ...]
 
     @property
@@ -118,7 +116,6 @@ class Reporter:
         cache = self._tree.cache.statistics()
         counted = self._tree.counters.counted()
         used = resource.getrusage(resource.RUSAGE_SELF)
-        describe: Any = getattr(self._tree.tree, "worker_state", None)
         return Status(
             version=__version__,
             pid=os.getpid(),
@@ -145,7 +142,6 @@ class Reporter:
             failed_opens=counted.failed_opens,
             rss_nbytes=_rss_nbytes(),
             cpu_seconds=used.ru_utime + used.ru_stime,
-            worker=describe() if describe else "off",
             errors=tuple(self._errors.lines()),
         )
 
