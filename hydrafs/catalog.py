@@ -21,7 +21,7 @@ from hydrafs.identity import FileIdentity
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, device INTEGER,
@@ -30,6 +30,14 @@ CREATE TABLE files (
 CREATE INDEX files_by_sha256 ON files (sha256);
 CREATE TABLE directories (path BLOB PRIMARY KEY, members INTEGER, mtime_ns INTEGER) WITHOUT ROWID;
 """
+_DIFFS_TABLE = """
+CREATE TABLE diffs (
+    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, device INTEGER,
+    record BLOB
+) WITHOUT ROWID;
+"""
+_SCHEMA += _DIFFS_TABLE
+_FROM_1 = f"BEGIN EXCLUSIVE;{_DIFFS_TABLE}PRAGMA user_version = 2;COMMIT;"
 
 
 class TensorFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -49,6 +57,13 @@ class ModelFacts(msgspec.Struct, array_like=True, frozen=True):
 
     container: str
     tensors: tuple[TensorFacts, ...]
+
+
+class DiffRecord(msgspec.Struct, array_like=True, frozen=True):
+    """Which model a diff stands for, and which it needs: (SHA-256, size, name, probe) each."""
+
+    sha256: bytes
+    parents: tuple[tuple[bytes, int, str, int], ...]
 
 
 class Catalog:
@@ -74,9 +89,12 @@ class Catalog:
                 version = database.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
                     database.executescript(f"BEGIN EXCLUSIVE;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+                elif version == 1:
+                    database.executescript(_FROM_1)
                 elif version != _SCHEMA_VERSION:
                     raise sqlite3.DatabaseError(f"catalog of version {version}")
                 database.execute("SELECT path, size, tensors FROM files LIMIT 1").fetchone()
+                database.execute("SELECT path, size, record FROM diffs LIMIT 1").fetchone()
                 return database
             except sqlite3.OperationalError as error:
                 # Two processes that make it at once: the loser finds the tables there and only has to look again.
@@ -153,6 +171,37 @@ class Catalog:
                     f"{column}) VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (key, *parts, value),
                 )
+
+    def carry(self, old: Path, before: FileIdentity, new: Path, after: FileIdentity) -> None:
+        """What is known of ``old`` as ``before`` is known of ``new`` as ``after``: one file, linked or renamed."""
+        with self._cursor() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO files (path, size, mtime_ns, ctime_ns, inode, device, sha256, tensors) "
+                f"SELECT ?, ?, ?, ?, ?, ?, sha256, tensors FROM files WHERE {self._WHERE}",
+                (os.fsencode(new), *self._identity(after), os.fsencode(old), *self._identity(before)),
+            )
+
+    def diff(self, path: Path, identity: FileIdentity) -> DiffRecord | None:
+        """What the diff at ``path`` stands for and needs, if that is known for this identity."""
+        row = None
+        with self._cursor() as database:
+            row = database.execute(
+                f"SELECT record FROM diffs WHERE {self._WHERE}", (os.fsencode(path), *self._identity(identity))
+            ).fetchone()
+        if not row or not isinstance(row[0], bytes):
+            return None
+        try:
+            return msgspec.msgpack.decode(row[0], type=DiffRecord)
+        except msgspec.DecodeError:
+            return None
+
+    def remember_diff(self, path: Path, identity: FileIdentity, record: DiffRecord) -> None:
+        """Keep what the diff of this identity stands for and needs."""
+        with self._cursor() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO diffs VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (os.fsencode(path), *self._identity(identity), msgspec.msgpack.encode(record)),
+            )
 
     def paths_of(self, sha256: bytes) -> list[Path]:
         """Where files of this SHA-256 were seen; whether they still are is for the caller to check."""

@@ -124,6 +124,13 @@ class Denied(HydraError):
     errno = errno.EACCES
 
 
+class Protected(Denied):
+    """The store's policy forbids it: dehydrated models may not be removed, renamed or replaced."""
+
+    errno = errno.EPERM
+    default_remedy = "mount without --protect, or set protect = false in .hydrafs/config.toml"
+
+
 class AlreadyThere(HydraError):
     """What was to be written exists already, or someone else is writing it."""
 

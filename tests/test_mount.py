@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
@@ -468,8 +469,7 @@ def large_parent(models: ModelMaker, tmp_path: Path) -> Library:
     original = Original(path.read_bytes(), path.stat().st_mode, path.stat().st_mtime_ns)
     with contextlib.closing(Store(root, create=True)) as store:
         assert dehydrate(store, path, Options(jobs=2, bases=(root / "base.safetensors",))).original_removed
-    for leftover in (root / ".hydrafs").iterdir():
-        leftover.unlink()
+    shutil.rmtree(root / ".hydrafs")
     return Library(root, {"tuned.safetensors": original})
 
 
