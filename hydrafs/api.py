@@ -19,6 +19,7 @@ from hydrafs.opening import Opener
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store
 from hydrafs.vfs import StoreTree
+from hydrafs.writing import WritableTree
 
 
 class OpenStore:
@@ -118,6 +119,8 @@ def mount(
 ) -> Iterator[Path]:
     """Show a store at ``mountpoint`` while the ``with`` block lasts, from a process of its own.
 
+    It can be written to, unless ``ro`` is among the ``options``.
+
     Raises:
         MountFailed, UsageError, Denied: it cannot be mounted; the message says why and what to do.
     """
@@ -129,18 +132,24 @@ def mount(
     finally:
         if opened is None:
             temporary.close()
+    parsed = parse_options(options)
     with mount_in_background(
         "hydrafs.api:make_tree",
-        {"root": os.fspath(root), "cache_nbytes": cache_nbytes, "mountpoint": os.path.realpath(mountpoint)},
+        {
+            "root": os.fspath(root),
+            "cache_nbytes": cache_nbytes,
+            "mountpoint": os.path.realpath(mountpoint),
+            "read_only": parsed.read_only,
+        },
         mountpoint,
         store_paths=[root, *folders],
-        options=parse_options(options),
+        options=parsed,
         binding=binding,
     ) as path:
         yield path
 
 
-def make_tree(root: str, cache_nbytes: int, mountpoint: str) -> StoreTree:
+def make_tree(root: str, cache_nbytes: int, mountpoint: str, read_only: bool = False) -> StoreTree:
     """The tree that a mount in a child process shows."""
     tune_allocator()
-    return StoreTree(root, cache_nbytes, mountpoint)
+    return (StoreTree if read_only else WritableTree)(root, cache_nbytes, mountpoint)

@@ -40,7 +40,7 @@ class _Repeats(logging.Filter):
 @click.command("mount", short_help="Show a store as full files.")
 @click.argument("store", metavar="STORE")
 @click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
-@click.option("--read-only", is_flag=True, help="Let nothing be written (so far the only way there is).")
+@click.option("--read-only", is_flag=True, help="Let nothing be written.")
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground and log to the terminal.")
 @click.option(
     "--cache-size", default=None, metavar="SIZE", help=f"Decoded tensors to keep [default: {_DEFAULT_CACHE}]."
@@ -69,7 +69,7 @@ def command(
             detail="mounting over the store itself is not there yet",
             remedy="name an empty folder: hydrafs mount STORE MOUNTPOINT",
         )
-    parsed = parse_options(",".join(options))
+    parsed = parse_options(",".join([*options, *(["ro"] if read_only else [])]))
     with contextlib.closing(open_store(store)) as opened:
         root, folders = opened.root, opened.base_folders
         private = opened.private
@@ -89,9 +89,10 @@ def command(
     def make_tree() -> object:
         from hydrafs.allocator import tune_allocator  # noqa: PLC0415 - in the process that serves
         from hydrafs.vfs import StoreTree  # noqa: PLC0415
+        from hydrafs.writing import WritableTree  # noqa: PLC0415
 
         tune_allocator()
-        return StoreTree(root, nbytes, point)
+        return (StoreTree if parsed.read_only else WritableTree)(root, nbytes, point)
 
     mount(
         make_tree,  # type: ignore[arg-type]
