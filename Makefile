@@ -11,7 +11,7 @@ MOUNTPOINT ?=
 ARGS ?=
 export STORE MOUNTPOINT
 
-.PHONY: help mount umount test test-all lint bench bench-size bench-codec bench-read bench-list setup-example setup-test setup-bench clean
+.PHONY: help mount umount test test-all lint bench bench-size bench-codec bench-read bench-list bench-write setup-example setup-test setup-bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,7 +46,7 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-size bench-codec bench-read bench-list ## all four tables of benchmarks/README.md
+bench: bench-size bench-codec bench-read bench-list bench-write ## all five tables of benchmarks/README.md
 
 bench-size: setup-bench ## stored bytes and speed of each codec, against its peers
 	$(BIN)/python -m benchmarks.size $(ARGS)
@@ -59,6 +59,9 @@ bench-read: setup-bench ## reading through the mount, against the plain file
 
 bench-list: setup-bench ## mounting and listing 10,000 diffs
 	$(BIN)/python -m benchmarks.listing $(ARGS)
+
+bench-write: setup-bench ## writing into a mount, against the store's own filesystem
+	$(BIN)/python -m benchmarks.write $(ARGS)
 
 setup-example setup-test setup-bench: setup-%:
 	@scripts/setup.sh $*

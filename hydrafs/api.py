@@ -111,7 +111,7 @@ def open_store(root: str | os.PathLike[str], *, cache_nbytes: int = 1 << 30) -> 
 @contextlib.contextmanager
 def mount(
     store: OpenStore | str | os.PathLike[str],
-    mountpoint: str | os.PathLike[str],
+    mountpoint: str | os.PathLike[str] | None = None,
     *,
     cache_nbytes: int = 4 << 30,
     options: str = "",
@@ -119,7 +119,7 @@ def mount(
 ) -> Iterator[Path]:
     """Show a store at ``mountpoint`` while the ``with`` block lasts, from a process of its own.
 
-    It can be written to, unless ``ro`` is among the ``options``.
+    Without ``mountpoint`` it is mounted over itself. It can be written to, unless ``ro`` is among the ``options``.
 
     Raises:
         MountFailed, UsageError, Denied: it cannot be mounted; the message says why and what to do.
@@ -133,6 +133,7 @@ def mount(
         if opened is None:
             temporary.close()
     parsed = parse_options(options)
+    mountpoint = mountpoint if mountpoint is not None else root
     with mount_in_background(
         "hydrafs.api:make_tree",
         {
@@ -145,6 +146,7 @@ def mount(
         store_paths=[root, *folders],
         options=parsed,
         binding=binding,
+        over_store=os.path.realpath(mountpoint) == os.fspath(root),
     ) as path:
         yield path
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from hydrafs.covered import named, reached
 from hydrafs.identity import FileIdentity
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,11 @@ class DiffRecord(msgspec.Struct, array_like=True, frozen=True):
 
     sha256: bytes
     parents: tuple[tuple[bytes, int, str, int], ...]
+
+
+def _key(path: Path) -> bytes:
+    """A file of a covered store has the name that it has when nothing covers it."""
+    return os.fsencode(named(path))
 
 
 class Catalog:
@@ -131,7 +137,7 @@ class Catalog:
 
     def sha256(self, path: Path, identity: FileIdentity) -> bytes | None:
         """The SHA-256 of the file, if it is known for this identity."""
-        key = (os.fsencode(path), *self._identity(identity))
+        key = (_key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
             row = database.execute(f"SELECT sha256 FROM files WHERE {self._WHERE}", key).fetchone()
@@ -143,7 +149,7 @@ class Catalog:
 
     def facts(self, path: Path, identity: FileIdentity) -> ModelFacts | None:
         """The tensors of the model, if they are known for this identity."""
-        key = (os.fsencode(path), *self._identity(identity))
+        key = (_key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
             row = database.execute(f"SELECT tensors FROM files WHERE {self._WHERE}", key).fetchone()
@@ -159,7 +165,7 @@ class Catalog:
         self._remember(path, identity, "tensors", msgspec.msgpack.encode(facts))
 
     def _remember(self, path: Path, identity: FileIdentity, column: str, value: bytes) -> None:
-        key = os.fsencode(path)
+        key = _key(path)
         parts = self._identity(identity)
         with self._cursor() as database:
             known = database.execute(f"SELECT 1 FROM files WHERE {self._WHERE}", (key, *parts)).fetchone()
@@ -178,7 +184,7 @@ class Catalog:
             database.execute(
                 "INSERT OR REPLACE INTO files (path, size, mtime_ns, ctime_ns, inode, device, sha256, tensors) "
                 f"SELECT ?, ?, ?, ?, ?, ?, sha256, tensors FROM files WHERE {self._WHERE}",
-                (os.fsencode(new), *self._identity(after), os.fsencode(old), *self._identity(before)),
+                (_key(new), *self._identity(after), _key(old), *self._identity(before)),
             )
 
     def diff(self, path: Path, identity: FileIdentity) -> DiffRecord | None:
@@ -186,7 +192,7 @@ class Catalog:
         row = None
         with self._cursor() as database:
             row = database.execute(
-                f"SELECT record FROM diffs WHERE {self._WHERE}", (os.fsencode(path), *self._identity(identity))
+                f"SELECT record FROM diffs WHERE {self._WHERE}", (_key(path), *self._identity(identity))
             ).fetchone()
         if not row or not isinstance(row[0], bytes):
             return None
@@ -200,7 +206,7 @@ class Catalog:
         with self._cursor() as database:
             database.execute(
                 "INSERT OR REPLACE INTO diffs VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (os.fsencode(path), *self._identity(identity), msgspec.msgpack.encode(record)),
+                (_key(path), *self._identity(identity), msgspec.msgpack.encode(record)),
             )
 
     def paths_of(self, sha256: bytes) -> list[Path]:
@@ -208,23 +214,19 @@ class Catalog:
         rows: list[tuple[bytes]] = []
         with self._cursor() as database:
             rows = database.execute("SELECT path FROM files WHERE sha256 = ?", (sha256,)).fetchall()
-        return [Path(os.fsdecode(row[0])) for row in rows if isinstance(row[0], bytes)]
+        return [Path(reached(os.fsdecode(row[0]))) for row in rows if isinstance(row[0], bytes)]
 
     def directory(self, path: Path) -> tuple[int, int] | None:
         """The membership digest of a listed folder and the mtime_ns it was shown with."""
         row = None
         with self._cursor() as database:
-            row = database.execute(
-                "SELECT members, mtime_ns FROM directories WHERE path = ?", (os.fsencode(path),)
-            ).fetchone()
+            row = database.execute("SELECT members, mtime_ns FROM directories WHERE path = ?", (_key(path),)).fetchone()
         return (row[0], row[1]) if row and isinstance(row[0], int) and isinstance(row[1], int) else None
 
     def remember_directory(self, path: Path, members: int, mtime_ns: int) -> None:
         """Keep the mtime_ns that a folder is shown with as long as its membership digest (63 bits) is this."""
         with self._cursor() as database:
-            database.execute(
-                "INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (os.fsencode(path), members, mtime_ns)
-            )
+            database.execute("INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (_key(path), members, mtime_ns))
 
     def close(self) -> None:
         """Close the database. No other call may be running."""

@@ -22,6 +22,7 @@ from hydrafs import bases, containers, keeping
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
+from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
@@ -103,14 +104,14 @@ def dehydrate(
         if progress:
             progress(stage, nbytes, total)
 
-    folder = (folder or model.parent).resolve()
+    folder = real_path(folder or model.parent)
     target = folder / (model.name + SUFFIX)
     _refuse(model)
     with FileSource(model) as source, contextlib.closing(Opener(store, ChunkCache(64 << 20))) as opener:
         before = FileIdentity.of(source.stat)
         if target.exists() and trailer_of(target).size != source.size:
             raise AlreadyThere("another diff has that name", where=target, remedy="move it away, or rename the model")
-        if store.is_pinned(model.resolve()) and not options.keep:
+        if store.is_pinned(real_path(model)) and not options.keep:
             return _left_alone(model, source.size, source.size, ("it is pinned; hydrafs bases --unpin lets it go",))
         needed_by = _needed_by(store, model, before)
         if needed_by and not options.keep and not options.bases:
@@ -194,7 +195,7 @@ def _refuse(model: Path) -> None:
         raise UsageError(
             "a link is no model",
             where=model,
-            detail=f"it points to {model.resolve()}",
+            detail=f"it points to {real_path(model)}",
             remedy="name the file that it points to",
         )
     if not model.exists():
@@ -206,7 +207,7 @@ def _refuse(model: Path) -> None:
 
 
 def _needed_by(store: Store, model: Path, identity: FileIdentity) -> str:
-    known = store.catalog.sha256(model.resolve(), identity)
+    known = store.catalog.sha256(real_path(model), identity)
     # A model that was ever a parent has its SHA-256 in the catalog; only then are the diffs asked.
     need = needs(store).get(known) if known else None
     if need is None:
@@ -228,7 +229,7 @@ def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
             facts, _ = bases.facts_of_diff(store, entry.path)
         else:
             facts = bases.facts_of_file(store, entry.path)
-            store.add_base_folder(entry.path.resolve().parent)
+            store.add_base_folder(real_path(entry.path).parent)
         candidates.append(bases.Candidate(entry, facts))
     return bases.Choice(tuple(candidates), ("base as named: " + ", ".join(c.entry.name for c in candidates),))
 
@@ -248,7 +249,7 @@ def _parent(store: Store, entry: ModelEntry, report: Progress) -> Parent:
     if entry.is_diff:
         trailer = trailer_of(entry.path)
         return Parent(trailer.sha256, trailer.size, name, 0)
-    path = entry.path.resolve()
+    path = real_path(entry.path)
     with FileSource(path) as source:
         identity = FileIdentity.of(source.stat)
         digest = store.catalog.sha256(path, identity)
@@ -370,7 +371,7 @@ def _copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
 
 def _remember(store: Store, model: Path, before: FileIdentity, target: Path, digest: bytes, facts: ModelFacts) -> None:
     with contextlib.suppress(OSError):
-        store.catalog.remember_sha256(model.resolve(), before, digest)
+        store.catalog.remember_sha256(real_path(model), before, digest)
         store.catalog.remember_facts(target, FileIdentity.of(os.stat(target)), facts)
 
 

@@ -8,15 +8,22 @@ Rule 1: no such name reaches the store or a listing, so none is left behind.
 Rule 2: a file that is replaced is there until the other one is. libfuse hides the old one first; whether a rename
         follows on the same thread, or nothing because it was a deletion, is not known then. So the deletion waits until
         that thread does something else, or for ``_SECONDS``, and whoever asks for the name meanwhile waits as well.
+Rule 3: a look-up takes the attributes first and libfuse's number of the file after. Between a rename and the moment
+        when libfuse knows of it these would be of two files, and readers of the old one would see the size of the new:
+        for ``_TOLD_SECONDS`` after a rename, look-ups of the name wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from cachetools import LRUCache
 
 from hydrafs.handles import OpenFile
 
@@ -24,6 +31,8 @@ log = logging.getLogger("hydrafs.vfs")
 
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}\Z")
 _SECONDS = 0.02
+_TOLD_SECONDS = 0.005
+_REMEMBERED = 10_000
 
 
 def is_hidden_name(path: str) -> bool:
@@ -47,12 +56,15 @@ class Departed:
         self._lock = threading.Lock()
         self._files: dict[str, list[OpenFile]] = {}
         self._leaving: dict[str, _Leaving] = {}
+        self._replaced: dict[str, tuple[int, float]] = {}
+        self._used: LRUCache[str, bool] = LRUCache(_REMEMBERED)
 
     def hide(self, path: str, hidden: str, files: Sequence[OpenFile], delete: Callable[[], None]) -> None:
         """``path`` was renamed to ``hidden``: ``files`` answer for that, and ``delete`` is called when it is time."""
         leaving = _Leaving(path, threading.get_ident(), delete)
         with self._lock:
             self._files[hidden] = list(files)
+            self._used[hidden] = True
             self._leaving[path] = leaving
         timer = threading.Timer(_SECONDS, self._finish, (leaving,))
         timer.daemon = True
@@ -63,6 +75,11 @@ class Departed:
         with self._lock:
             files = self._files.get(hidden)
             return files[0] if files else None
+
+    def was(self, hidden: str) -> bool:
+        """Whether libfuse ever gave the name to a file: the kernel may still ask for that, and has to look again."""
+        with self._lock:
+            return hidden in self._used
 
     def closed(self, file: OpenFile) -> None:
         """``file`` was closed; a name that nobody has open any more is gone."""
@@ -75,8 +92,28 @@ class Departed:
                     if not files:
                         del self._files[hidden]
 
+    def replaced(self, path: str) -> None:
+        """``path`` has another file now. libfuse knows when the callback has returned, and answers others meanwhile."""
+        now = time.monotonic()
+        with self._lock:
+            self._replaced[path] = threading.get_ident(), now + _TOLD_SECONDS
+            if len(self._replaced) > _REMEMBERED:
+                self._replaced = {p: known for p, known in self._replaced.items() if known[1] > now}
+
+    def _await_told(self, path: str) -> None:
+        thread, until = self._replaced[path]
+        left = until - time.monotonic()
+        if thread != threading.get_ident() and left > 0:
+            time.sleep(left)
+        with self._lock:
+            if self._replaced.get(path) == (thread, until):
+                del self._replaced[path]
+
     def settle(self, path: str) -> None:
         """To be called before anything is done with ``path``: deletions that concern it are done when it returns."""
+        if path in self._replaced:
+            with contextlib.suppress(KeyError):
+                self._await_told(path)
         if not self._leaving:
             return
         thread = threading.get_ident()

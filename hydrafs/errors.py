@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 
+from hydrafs.covered import shown
+
 
 class HydraError(Exception):
     """The root of every error that hydrafs raises on purpose.
@@ -44,6 +46,7 @@ class HydraError(Exception):
 
 def printable(text: str) -> str:
     """``text`` on one line, with bytes that no terminal shows written as escapes."""
+    text = shown(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 

@@ -107,6 +107,7 @@ class OpenFile:
         self._on_close = on_close
         self._past: list[PlainFile | Rehydrated] = []
         self._lock = threading.Lock()
+        self._closed = False
         self._source = source
         self._reader = Reader(source, pool) if isinstance(source, Rehydrated) else None
         self._claim: Claim = names.claim(
@@ -165,6 +166,13 @@ class OpenFile:
             log.error("cannot read %s: %s", self.path, error)
             raise
 
+    def stat(self) -> os.stat_result:
+        """What the file in the store is; ``OSError(ESTALE)`` once it is closed."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
+            return os.fstat(self.fd)
+
     def _writable_fd(self) -> int:
         source = self._source
         if not isinstance(source, PlainFile) or source.flags & os.O_ACCMODE == os.O_RDONLY:
@@ -207,7 +215,12 @@ class OpenFile:
     def attributes(self) -> Attributes:
         """What ``fstat`` says: of a plain file as it is now, of a model as it was opened, or set since."""
         with self._lock:
-            source = self._source
+            return self._attributes()
+
+    def _attributes(self) -> Attributes:
+        source = self._source
+        if self._closed:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
         if isinstance(source, PlainFile):
             return plain_attributes(os.fstat(source.fd))
         then = source.diff.trailer
@@ -235,5 +248,7 @@ class OpenFile:
         self._names.release(self._claim)
         if self._on_close is not None:
             self._on_close(self)
+        with self._lock:
+            self._closed = True
         for source in (*self._past, self._source):
             source.close()

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, Protected
 from hydrafs.identity import FileIdentity, probe
@@ -68,7 +69,7 @@ def hold(store: Store, path: Path, sha256: bytes) -> bool:
     """
     is_diff = path.name.endswith(SUFFIX)
     target = place_of(store.held, sha256, is_diff=is_diff)
-    source = Path(os.path.realpath(path))
+    source = real_path(path)
     try:
         store.held.mkdir(parents=True, exist_ok=True)
         if os.path.lexists(target):

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import tomli_w
 
 from hydrafs.catalog import Catalog
+from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
 from hydrafs.errors import AlreadyThere, NotFound, UsageError, from_oserror
 
@@ -76,11 +77,16 @@ def leads_into(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
         folder: absolute, without links.
     """
     target, current, links = os.fspath(folder), "/", 0
-    pending = os.fspath(path).split("/")[::-1]
+    text, root = os.fspath(path), ""
+    if is_covered(text):  # the descriptor leads below the mount, where the path goes on
+        root = current = "/".join(text.split("/")[:5])
+        text = text[len(root) :]
+    pending = text.split("/")[::-1]
     while pending:
         part = pending.pop()
         if part in ("", ".", ".."):
-            current = os.path.dirname(current) if part == ".." else current
+            if part == "..":
+                current = os.path.dirname(named(current) if current == root else current)
             continue
         step = os.path.join(current, part)
         if step == target:
@@ -183,7 +189,7 @@ class Store:
         """
         path = Path(root).expanduser()
         try:
-            self.root = path.resolve(strict=True)
+            self.root = Path(os.path.abspath(path)) if is_covered(path) else path.resolve(strict=True)
             if not self.root.is_dir():
                 raise UsageError("a store is a folder", where=path, remedy="name the folder that holds the models")
             os.scandir(self.root).close()
@@ -191,8 +197,19 @@ class Store:
                 self.private.mkdir(exist_ok=True)
         except OSError as error:
             raise from_oserror(error, "cannot open the store", path) from error
-        self.catalog = Catalog(self.private / "catalog.sqlite" if self.private.is_dir() else None)
+        self.catalog = Catalog(self._catalog_path() if self.private.is_dir() else None)
         self._configure()
+
+    def _catalog_path(self) -> Path | None:
+        own = self.private / "catalog.sqlite"
+        if not is_covered(self.root):
+            return own
+        elsewhere = catalog_of(self.root)
+        if elsewhere is not None:
+            with contextlib.suppress(OSError):
+                if not elsewhere.exists() or elsewhere.stat().st_mtime_ns < own.stat().st_mtime_ns:
+                    elsewhere.write_bytes(own.read_bytes())
+        return elsewhere
 
     @property
     def private(self) -> Path:
@@ -238,7 +255,7 @@ class Store:
     def _configure(self) -> None:
         config = self._config()
         folders = self._texts(config, "base_folders", '["/path"]')
-        self.base_folders = tuple((self.root / Path(f).expanduser()).resolve() for f in folders)
+        self.base_folders = tuple(real_path(self.root / Path(f).expanduser()) for f in folders)
         self.pinned = frozenset(self._texts(config, "pinned", '["sd15.safetensors"]'))
         protect = config.get("protect", False)
         if not isinstance(protect, bool):
@@ -270,7 +287,7 @@ class Store:
 
     def add_base_folder(self, folder: Path) -> None:
         """Search ``folder`` for bases and parents from now on; kept in ``.hydrafs/config.toml``."""
-        folder = folder.resolve()
+        folder = real_path(folder)
         if folder in self.base_folders or folder.is_relative_to(self.root):
             return
 

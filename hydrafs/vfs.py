@@ -28,6 +28,7 @@ from cachetools import LRUCache
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Names, Version
+from hydrafs.covered import cover
 from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError
 from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attributes
@@ -71,7 +72,8 @@ class StoreTree:
     Args:
         root: the store's folder.
         cache_nbytes: how many bytes of decoded chunks are kept.
-        mountpoint: where it is shown, resolved, so that no link of the store leads the daemon back to itself.
+        mountpoint: where it is shown, resolved, so that no link of the store leads the daemon back to itself. Where it
+            is the store, this must be made before the mount is.
     """
 
     read_only = True
@@ -88,6 +90,10 @@ class StoreTree:
     ) -> None:
         self._root = os.path.realpath(root)
         self._mountpoint = Path(mountpoint) if mountpoint is not None else None
+        self._covered = -1
+        if self._mountpoint is not None and os.fspath(self._mountpoint) == self._root:
+            # Over the store itself: from now on this is the only way to it.
+            self._covered = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._cache_nbytes = cache_nbytes
         self._lock = threading.Lock()
         self.names = Names()
@@ -97,6 +103,10 @@ class StoreTree:
 
     def start(self) -> None:
         """Open the store and start the threads; in the process that serves, after it has forked."""
+        if self._covered >= 0:
+            descriptor = f"/proc/{os.getpid()}/fd/{self._covered}"
+            cover(descriptor, self._root)
+            self._root = descriptor
         writable = os.access(self._root, os.W_OK)
         self.store = Store(self._root, create=writable)
         self.store.off_limits = self._mountpoint
@@ -112,6 +122,9 @@ class StoreTree:
         self.opener.close()
         self.pool.close()
         self.store.close()
+        if self._covered >= 0:
+            os.close(self._covered)
+            self._covered = -1
 
     def statistics(self) -> CacheStatistics:
         """What the chunk cache did so far."""
@@ -121,26 +134,27 @@ class StoreTree:
 
     def real(self, path: str) -> str:
         """Where ``path`` stands in the store by the name that is listed."""
-        return self._root + path if path != "/" else self._root
+        if path != "/":
+            return self._root + path
+        return self._root + "/." if self._covered >= 0 else self._root  # the folder, not the link that leads there
 
     def find(self, path: str) -> Place:
         """Where ``path`` stands in the store; ``OSError(ENOENT)`` where it does not."""
         if any(is_private(part) for part in path.split("/")):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         real = self.real(path)
-        try:
-            found = os.lstat(real)
-            # A diff is not listed under its own name; a folder may be called anything.
-            name = real.rsplit("/", 1)[-1]
-            if listed_name(name) == name or not stat.S_ISREG(found.st_mode):
-                return Place(real, False, found, real)
-        except FileNotFoundError:
-            pass
+        found = _plain_at(real)
+        if found is not None:
+            return Place(real, False, found, real)
         try:
             found = os.lstat(real + SUFFIX)
         except OSError as error:
             # A name that has no room for the ending has no diff either.
             number = errno.ENOENT if error.errno == errno.ENAMETOOLONG else error.errno
+            # A model that is written to takes the name first, and its diff goes then: maybe between two looks.
+            found = _plain_at(real) if number == errno.ENOENT else None
+            if found is not None:
+                return Place(real, False, found, real)
             raise OSError(number, os.strerror(number or errno.EIO), path) from None
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -226,6 +240,7 @@ class StoreTree:
     def touched(self, real: str) -> None:
         """The folder ``real`` was changed on purpose: the mtime that it has now is shown, whatever its names are."""
         with contextlib.suppress(OSError):
+            real = real.removesuffix("/.")
             mtime_ns = os.stat(real).st_mtime_ns
             self._directories.pop(real, None)
             self._touched[real] = mtime_ns
@@ -233,6 +248,7 @@ class StoreTree:
     def directory_mtime(self, place: Place) -> int:
         """The mtime that a folder is shown with (rule 4)."""
         mtime_ns = place.stat.st_mtime_ns
+        place = dataclasses.replace(place, real=place.real.removesuffix("/."))
         known = self._directories.get(place.real)
         if known and known[0] == mtime_ns:
             return known[1]
@@ -297,7 +313,7 @@ class StoreTree:
         """The value of an attribute; ``OSError(ENODATA)`` where there is none."""
         place = self.find(path)
         if name == XATTR_PATH:
-            return os.fsencode(place.real)
+            return os.fsencode(place.real.removesuffix("/."))
         if name == XATTR_PREFIX + "parents" and place.is_diff:
             with DiffFile(place.real) as diff:
                 return "\n".join(f"{p.sha256.hex()} {p.name}" for p in diff.manifest.parents).encode(
@@ -357,6 +373,16 @@ class StoreTree:
 
     def closed(self, file: OpenFile) -> None:
         """An open file of this tree was closed."""
+
+
+def _plain_at(real: str) -> os.stat_result | None:
+    """What stands at ``real`` under its own name. A diff does not; a folder may be called anything."""
+    try:
+        found = os.lstat(real)
+    except FileNotFoundError:
+        return None
+    name = real.rsplit("/", 1)[-1]
+    return found if listed_name(name) == name or not stat.S_ISREG(found.st_mode) else None
 
 
 def _type_of(entry: os.DirEntry[str]) -> int:

@@ -71,8 +71,11 @@ class WritableTree(StoreTree):
         if is_hidden_name(path):
             file = self.departed.file(path)
             if file is not None:
-                real, found = f"/proc/self/fd/{file.fd}", os.fstat(file.fd)
+                real, found = f"/proc/self/fd/{file.fd}", file.stat()
                 return Place(real, not isinstance(file.source, PlainFile), found, real, file)
+            if self.departed.was(path):
+                # Looked up before it was replaced, and not yet opened: at this the kernel looks up the name again.
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
         return super().find(path)
 
     def _new(self, path: str) -> str:
@@ -101,7 +104,7 @@ class WritableTree(StoreTree):
         """Give what was made the mode that was asked for, whatever our umask, and the owner who asked."""
         found = os.lstat(real)
         if owner is not None and os.geteuid() == 0 and owner != (0, 0):
-            inherited = os.lstat(os.path.dirname(real)).st_mode & stat.S_ISGID
+            inherited = os.stat(os.path.dirname(real)).st_mode & stat.S_ISGID
             os.lchown(real, owner[0], -1 if inherited else owner[1])
         wanted = mode & 0o7777 | (found.st_mode & stat.S_ISGID)
         if not stat.S_ISLNK(found.st_mode) and stat.S_IMODE(found.st_mode) != wanted:
@@ -178,6 +181,7 @@ class WritableTree(StoreTree):
         finally:
             if end is not None:
                 end()
+            self.departed.replaced(new)
 
     def _hide(self, path: str, hidden: str) -> None:
         place = self.find(path)
@@ -257,6 +261,9 @@ class WritableTree(StoreTree):
             OSError: as open(2); EBUSY and ESTALE as ``Names.claim`` has them.
             HydraError: it cannot be served; the log says why and what to do.
         """
+        if is_hidden_name(path) and self.departed.was(path) and flags & (os.O_ACCMODE | os.O_TRUNC):
+            # The kernel meant the name that the file had: it looks that up again.
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
         if not flags & (os.O_ACCMODE | os.O_TRUNC):
             return self.open_place(path, self.find(path))
         place, fd = self._open_to_write(path, flags & _KEPT_FLAGS, truncate=bool(flags & os.O_TRUNC))
@@ -268,18 +275,16 @@ class WritableTree(StoreTree):
             flags |= os.O_RDWR  # O_RDONLY | O_TRUNC truncates, on Linux
         for _ in range(100):
             place = self.find(path)
-            if place.departed is not None and place.is_diff:
-                raise OSError(errno.EBUSY, "deleted, and dehydrated: it cannot be written to", path)
             if place.is_diff:
                 self._copy_up(path, truncate=truncate)
                 continue
-            if place.departed is None and stat.S_ISREG(place.stat.st_mode):
+            if stat.S_ISREG(place.stat.st_mode):
                 before_overwrite(self.store, Path(place.real), truncate=truncate)
                 self._follow(path, place)
             fd = os.open(place.real, flags | os.O_CLOEXEC)
             try:
                 # Who dehydrates a file holds the exclusive lock while the original goes.
-                if self._lock_shared(fd) and (place.departed is not None or _is_at(fd, place.real)):
+                if self._lock_shared(fd) and _is_at(fd, place.real):
                     if truncate and os.fstat(fd).st_size:
                         os.ftruncate(fd, 0)
                     return place, fd
@@ -347,6 +352,10 @@ class WritableTree(StoreTree):
 
     def truncate(self, path: str, size: int) -> None:
         """truncate(2)."""
+        departed = self.departed.file(path) if is_hidden_name(path) else None
+        if departed is not None:  # by a descriptor, of a file without a name
+            departed.truncate(size)
+            return
         _, fd = self._open_to_write(path, os.O_WRONLY, truncate=size == 0)
         try:
             os.ftruncate(fd, size)

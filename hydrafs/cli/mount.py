@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import time
+from pathlib import Path
 
 import click
 
-from hydrafs.cli.common import log_to_stderr, open_store, parse_nbytes
-from hydrafs.errors import UsageError
+from hydrafs.cli.common import catalogs, log_to_stderr, open_store, parse_nbytes
+from hydrafs.covered import keep_catalogs_in
 from hydrafs.mounting import mount, parse_options
-from hydrafs.mountpoints import resolve
+from hydrafs.mountpoints import check_mountpoint, clear_stale, resolve
 
 _DEFAULT_CACHE = "4G"
 _SILENCE_SECONDS = 60.0
@@ -58,33 +59,33 @@ def command(
     options: tuple[str, ...],
     log_file: str | None,
 ) -> None:
-    """Show STORE at MOUNTPOINT, each diff as the full file that it stands for.
+    """Show STORE at MOUNTPOINT, each diff as the full file that it stands for; without MOUNTPOINT, over STORE itself.
 
     Returns when the mount answers; with --foreground, when it is taken down.
     """
+    level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
+    log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True)
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_Repeats())
+    point = resolve(mountpoint if mountpoint is not None else Path(store).expanduser())
     if mountpoint is None:
-        raise UsageError(
-            "a mountpoint is needed",
-            where=store,
-            detail="mounting over the store itself is not there yet",
-            remedy="name an empty folder: hydrafs mount STORE MOUNTPOINT",
-        )
+        # Before the store is looked at: that would be looking at what is mounted there now.
+        clear_stale(point)
+        check_mountpoint(point, nonempty=True)
     parsed = parse_options(",".join([*options, *(["ro"] if read_only else [])]))
     with contextlib.closing(open_store(store)) as opened:
         root, folders = opened.root, opened.base_folders
         private = opened.private
         writable = os.access(opened.root, os.W_OK)
     nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
-    level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
-    log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_Repeats())
     log_path = log_file
     if log_path is None and writable and not foreground:
         private.mkdir(exist_ok=True)
         log_path = os.fspath(private / "mount.log")
 
-    point = resolve(mountpoint)
+    in_place = point == root
+    if in_place:
+        keep_catalogs_in(catalogs())
 
     def make_tree() -> object:
         from hydrafs.allocator import tune_allocator  # noqa: PLC0415 - in the process that serves
@@ -96,8 +97,9 @@ def command(
 
     mount(
         make_tree,  # type: ignore[arg-type]
-        mountpoint,
-        store_paths=[root, *folders],
+        point,
+        store_paths=[root, *folders, *([catalogs()] if in_place else [])],
+        over_store=in_place,
         options=parsed,
         foreground=foreground,
         binding=os.environ.get("HYDRAFS_FUSE") or None,
