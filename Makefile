@@ -11,7 +11,7 @@ MOUNTPOINT ?=
 ARGS ?=
 export STORE MOUNTPOINT
 
-.PHONY: help mount umount test test-all test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-merge setup-example setup-test setup-bench clean
+.PHONY: help mount umount test test-all test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge setup-example setup-test setup-bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,7 +57,7 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-size bench-codec bench-read bench-virtual bench-list bench-merge ## all tables of benchmarks/README.md
+bench: bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge ## all tables of benchmarks/README.md
 
 bench-size: setup-bench ## stored bytes and speed of each codec, against its peers
 	$(BIN)/python -m benchmarks.size $(ARGS)
@@ -73,6 +73,9 @@ bench-virtual: setup-bench ## merges that are only recipes
 
 bench-list: setup-bench ## mounting and listing 10,000 diffs
 	$(BIN)/python -m benchmarks.listing $(ARGS)
+
+bench-write: setup-bench ## writing into a mount, against the store's own filesystem
+	$(BIN)/python -m benchmarks.write $(ARGS)
 
 bench-merge: setup-bench ## what merged models cost whose parents are in the store
 	$(BIN)/python -m benchmarks.merge $(ARGS)

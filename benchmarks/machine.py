@@ -99,12 +99,19 @@ def _wait_for_mount(daemon: subprocess.Popen[bytes], mountpoint: Path, name: str
 
 
 class Mount:
-    """A store mounted read-only by a daemon of this benchmark's own, so that its process is known."""
+    """A store mounted, read-only by default, by a daemon of this benchmark's own, so that its process is known."""
 
-    def __init__(self, store: Path, mountpoint: Path, *, cache_mib: int) -> None:
+    def __init__(self, store: Path, mountpoint: Path, *, cache_mib: int, read_only: bool = True) -> None:
         self.mountpoint = mountpoint
         mountpoint.mkdir(parents=True, exist_ok=True)
-        command = [*hydrafs_command(), "mount", store, mountpoint, "--read-only", "--foreground"]
+        command = [
+            *hydrafs_command(),
+            "mount",
+            store,
+            mountpoint,
+            "--foreground",
+            *(["--read-only"] if read_only else []),
+        ]
         start = time.perf_counter()
         self._daemon = subprocess.Popen(
             [*command, "--cache-size", f"{cache_mib}M"],

@@ -19,6 +19,7 @@ from hydrafs.opening import Opener
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store
 from hydrafs.vfs import StoreTree
+from hydrafs.writing import WritableTree
 
 
 class OpenStore:
@@ -110,13 +111,15 @@ def open_store(root: str | os.PathLike[str], *, cache_nbytes: int = 1 << 30) -> 
 @contextlib.contextmanager
 def mount(
     store: OpenStore | str | os.PathLike[str],
-    mountpoint: str | os.PathLike[str],
+    mountpoint: str | os.PathLike[str] | None = None,
     *,
     cache_nbytes: int = 4 << 30,
     options: str = "",
     binding: str | None = None,
 ) -> Iterator[Path]:
     """Show a store at ``mountpoint`` while the ``with`` block lasts, from a process of its own.
+
+    Without ``mountpoint`` it is mounted over itself. It can be written to, unless ``ro`` is among the ``options``.
 
     Raises:
         MountFailed, UsageError, Denied: it cannot be mounted; the message says why and what to do.
@@ -129,18 +132,26 @@ def mount(
     finally:
         if opened is None:
             temporary.close()
+    parsed = parse_options(options)
+    mountpoint = mountpoint if mountpoint is not None else root
     with mount_in_background(
         "hydrafs.api:make_tree",
-        {"root": os.fspath(root), "cache_nbytes": cache_nbytes, "mountpoint": os.path.realpath(mountpoint)},
+        {
+            "root": os.fspath(root),
+            "cache_nbytes": cache_nbytes,
+            "mountpoint": os.path.realpath(mountpoint),
+            "read_only": parsed.read_only,
+        },
         mountpoint,
         store_paths=[root, *folders],
-        options=parse_options(options),
+        options=parsed,
         binding=binding,
+        over_store=os.path.realpath(mountpoint) == os.fspath(root),
     ) as path:
         yield path
 
 
-def make_tree(root: str, cache_nbytes: int, mountpoint: str) -> StoreTree:
+def make_tree(root: str, cache_nbytes: int, mountpoint: str, read_only: bool = False) -> StoreTree:
     """The tree that a mount in a child process shows."""
     tune_allocator()
-    return StoreTree(root, cache_nbytes, mountpoint)
+    return (StoreTree if read_only else WritableTree)(root, cache_nbytes, mountpoint)

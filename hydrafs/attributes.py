@@ -19,6 +19,7 @@ class Attributes:
     mtime_ns: int
     ctime_ns: int
     blocks: int
+    rdev: int = 0
 
 
 @dataclass(frozen=True, slots=True)

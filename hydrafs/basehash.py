@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from hydrafs.covered import real_path
 from hydrafs.errors import Changing
 from hydrafs.identity import FileIdentity, probe, sha256
 from hydrafs.layout import FileSource, plain_text
@@ -58,7 +59,7 @@ class BaseHashes:
         if entry.is_diff:
             trailer = trailer_of(entry.path)
             return Parent(trailer.sha256, trailer.size, name, 0)
-        path = entry.path.resolve()
+        path = real_path(entry.path)
         source = FileSource(path)
         try:
             known = self._store.catalog.sha256(path, FileIdentity.of(source.stat))
@@ -119,7 +120,7 @@ class BaseHashes:
                     progress(read - told, self._total)
                     told = read
             digest = future.result()
-            self._remember(named, named.resolve(), digest)
+            self._remember(named, real_path(named), digest)
             complete[number] = msgspec.structs.replace(complete[number], sha256=digest)
         return tuple(complete)
 

@@ -17,11 +17,12 @@ from pathlib import Path
 
 import msgspec
 
+from hydrafs.covered import named, reached
 from hydrafs.identity import FileIdentity
 
 log = logging.getLogger(__name__)
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE files (
     path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, device INTEGER,
@@ -30,6 +31,14 @@ CREATE TABLE files (
 CREATE INDEX files_by_sha256 ON files (sha256);
 CREATE TABLE directories (path BLOB PRIMARY KEY, members INTEGER, mtime_ns INTEGER) WITHOUT ROWID;
 """
+_DIFFS_TABLE = """
+CREATE TABLE diffs (
+    path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER, ctime_ns INTEGER, inode INTEGER, device INTEGER,
+    record BLOB
+) WITHOUT ROWID;
+"""
+_SCHEMA += _DIFFS_TABLE
+_FROM_1 = f"BEGIN EXCLUSIVE;{_DIFFS_TABLE}PRAGMA user_version = 2;COMMIT;"
 
 
 class TensorFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -49,6 +58,18 @@ class ModelFacts(msgspec.Struct, array_like=True, frozen=True):
 
     container: str
     tensors: tuple[TensorFacts, ...]
+
+
+class DiffRecord(msgspec.Struct, array_like=True, frozen=True):
+    """Which model a diff stands for, and which it needs: (SHA-256, size, name, probe) each."""
+
+    sha256: bytes
+    parents: tuple[tuple[bytes, int, str, int], ...]
+
+
+def _key(path: Path) -> bytes:
+    """A file of a covered store has the name that it has when nothing covers it."""
+    return os.fsencode(named(path))
 
 
 class Catalog:
@@ -74,9 +95,12 @@ class Catalog:
                 version = database.execute("PRAGMA user_version").fetchone()[0]
                 if version == 0:
                     database.executescript(f"BEGIN EXCLUSIVE;{_SCHEMA}PRAGMA user_version = {_SCHEMA_VERSION};COMMIT;")
+                elif version == 1:
+                    database.executescript(_FROM_1)
                 elif version != _SCHEMA_VERSION:
                     raise sqlite3.DatabaseError(f"catalog of version {version}")
                 database.execute("SELECT path, size, tensors FROM files LIMIT 1").fetchone()
+                database.execute("SELECT path, size, record FROM diffs LIMIT 1").fetchone()
                 return database
             except sqlite3.OperationalError as error:
                 # Two processes that make it at once: the loser finds the tables there and only has to look again.
@@ -113,7 +137,7 @@ class Catalog:
 
     def sha256(self, path: Path, identity: FileIdentity) -> bytes | None:
         """The SHA-256 of the file, if it is known for this identity."""
-        key = (os.fsencode(path), *self._identity(identity))
+        key = (_key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
             row = database.execute(f"SELECT sha256 FROM files WHERE {self._WHERE}", key).fetchone()
@@ -125,7 +149,7 @@ class Catalog:
 
     def facts(self, path: Path, identity: FileIdentity) -> ModelFacts | None:
         """The tensors of the model, if they are known for this identity."""
-        key = (os.fsencode(path), *self._identity(identity))
+        key = (_key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
             row = database.execute(f"SELECT tensors FROM files WHERE {self._WHERE}", key).fetchone()
@@ -141,7 +165,7 @@ class Catalog:
         self._remember(path, identity, "tensors", msgspec.msgpack.encode(facts))
 
     def _remember(self, path: Path, identity: FileIdentity, column: str, value: bytes) -> None:
-        key = os.fsencode(path)
+        key = _key(path)
         parts = self._identity(identity)
         with self._cursor() as database:
             known = database.execute(f"SELECT 1 FROM files WHERE {self._WHERE}", (key, *parts)).fetchone()
@@ -154,28 +178,55 @@ class Catalog:
                     (key, *parts, value),
                 )
 
+    def carry(self, old: Path, before: FileIdentity, new: Path, after: FileIdentity) -> None:
+        """What is known of ``old`` as ``before`` is known of ``new`` as ``after``: one file, linked or renamed."""
+        with self._cursor() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO files (path, size, mtime_ns, ctime_ns, inode, device, sha256, tensors) "
+                f"SELECT ?, ?, ?, ?, ?, ?, sha256, tensors FROM files WHERE {self._WHERE}",
+                (_key(new), *self._identity(after), _key(old), *self._identity(before)),
+            )
+
+    def diff(self, path: Path, identity: FileIdentity) -> DiffRecord | None:
+        """What the diff at ``path`` stands for and needs, if that is known for this identity."""
+        row = None
+        with self._cursor() as database:
+            row = database.execute(
+                f"SELECT record FROM diffs WHERE {self._WHERE}", (_key(path), *self._identity(identity))
+            ).fetchone()
+        if not row or not isinstance(row[0], bytes):
+            return None
+        try:
+            return msgspec.msgpack.decode(row[0], type=DiffRecord)
+        except msgspec.DecodeError:
+            return None
+
+    def remember_diff(self, path: Path, identity: FileIdentity, record: DiffRecord) -> None:
+        """Keep what the diff of this identity stands for and needs."""
+        with self._cursor() as database:
+            database.execute(
+                "INSERT OR REPLACE INTO diffs VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (_key(path), *self._identity(identity), msgspec.msgpack.encode(record)),
+            )
+
     def paths_of(self, sha256: bytes) -> list[Path]:
         """Where files of this SHA-256 were seen; whether they still are is for the caller to check."""
         rows: list[tuple[bytes]] = []
         with self._cursor() as database:
             rows = database.execute("SELECT path FROM files WHERE sha256 = ?", (sha256,)).fetchall()
-        return [Path(os.fsdecode(row[0])) for row in rows if isinstance(row[0], bytes)]
+        return [Path(reached(os.fsdecode(row[0]))) for row in rows if isinstance(row[0], bytes)]
 
     def directory(self, path: Path) -> tuple[int, int] | None:
         """The membership digest of a listed folder and the mtime_ns it was shown with."""
         row = None
         with self._cursor() as database:
-            row = database.execute(
-                "SELECT members, mtime_ns FROM directories WHERE path = ?", (os.fsencode(path),)
-            ).fetchone()
+            row = database.execute("SELECT members, mtime_ns FROM directories WHERE path = ?", (_key(path),)).fetchone()
         return (row[0], row[1]) if row and isinstance(row[0], int) and isinstance(row[1], int) else None
 
     def remember_directory(self, path: Path, members: int, mtime_ns: int) -> None:
         """Keep the mtime_ns that a folder is shown with as long as its membership digest (63 bits) is this."""
         with self._cursor() as database:
-            database.execute(
-                "INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (os.fsencode(path), members, mtime_ns)
-            )
+            database.execute("INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (_key(path), members, mtime_ns))
 
     def close(self) -> None:
         """Close the database. No other call may be running."""

@@ -8,6 +8,8 @@ once more (``do_filp_open`` in ``fs/namei.c``, ``LOOKUP_REVAL`` in ``fs/fuse/dir
 Rule 1: an open is served only if the size that the kernel believes is the size of what is opened.
 Rule 2: while a content is open under a name, no other one is opened under it.
 Rule 3: pages are kept from one open to the next only if nothing but this content was read into them.
+Rule 4: what changes through the mount, the kernel knows: names move here as they move there (``move``, ``forget``), and
+        the size of a file that is open for writing is the kernel's own.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 from cachetools import LRUCache
 
@@ -46,8 +49,8 @@ class Version:
 
 @dataclass(eq=False, slots=True)
 class Claim:
-    """What an open file holds of a name. ``identify`` tells what its content is, and may know it better later on;
-    ``keep_cache``: the kernel's pages are this very content."""
+    """What an open file, ``holder``, holds of a name. ``identify`` tells what its content is, and may know it better
+    later on; ``keep_cache``: the kernel's pages are this very content."""
 
     path: str
     version: Version
@@ -56,6 +59,8 @@ class Claim:
     content: Hashable = None
     keep_cache: bool = False
     used: bool = False
+    holder: Any = None
+    writes: bool = False
 
 
 @dataclass(slots=True)
@@ -86,19 +91,65 @@ class Names:
             claims = self._open.get(path)
             return claims[0] if claims else None
 
+    def claims(self, path: str) -> list[Claim]:
+        """All claims on ``path``."""
+        with self._changed:
+            return list(self._open.get(path, ()))
+
+    def move(self, old: str, new: str, *, folder: bool = False) -> None:
+        """``old``, a file or a ``folder`` with all that is in it, has taken the name ``new`` and the kernel knows."""
+        with self._changed:
+            self._forget(new)
+            self._move(old, new, folder)
+
+    def exchange(self, one: str, other: str) -> None:
+        """The two names have changed places."""
+        with self._changed:
+            aside = "\0"  # no path begins so
+            self._move(one, aside, True)
+            self._move(other, one, True)
+            self._move(aside, other, True)
+
+    def forget(self, path: str) -> None:
+        """``path`` is gone; whoever has it open keeps it. A file that takes the name has nothing in the kernel yet."""
+        with self._changed:
+            self._forget(path)
+
+    def _forget(self, path: str) -> None:
+        for table in (self._told, self._pages):
+            table.pop(path, None)
+        # A claim without a name is in nobody's way.
+        self._open.pop(path, None)
+
+    def _move(self, old: str, new: str, folder: bool) -> None:
+        prefix = old + "/"
+        tables: tuple[Any, ...] = (self._told, self._pages, self._open)
+        for table in tables:
+            inside = [key for key in table if key.startswith(prefix)] if folder else []
+            for key in (old, *inside):
+                if key in table:
+                    table[new + key[len(old) :]] = table.pop(key)
+        for path in self._open:
+            if path == new or path.startswith(new + "/"):
+                for claim in self._open[path]:
+                    claim.path = path
+
     def claim(
         self,
         path: str,
         version: Version,
         identify: Callable[[], Hashable],
         attributes: Callable[[], Attributes],
+        *,
+        writes: bool = False,
+        holder: Any = None,
     ) -> Claim:
         """Open ``path`` as ``version``, with the bytes that ``identify`` names; give it back with ``release``.
 
         Raises:
             OSError: EBUSY where another content is open under the name; ESTALE where the kernel must look again.
         """
-        claim = Claim(path, version, identify, attributes, identify())
+        claim = Claim(path, version, identify, attributes, identify(), writes=writes, holder=holder)
         with self._changed:
             others = [old for old in self._open.get(path, ()) if old.content != claim.content]
         for old in others:
@@ -120,6 +171,8 @@ class Names:
         told = self._told.get(path)
         if told is None or told[0] == version:
             return False
+        if any(claim.writes and claim.version.same_file(version) for claim in self._open.get(path, ())):
+            return False
         # While a name is open the kernel is told of what it was opened as, also where the same content has moved.
         if path in self._open and told[0].size == version.size:
             return False
@@ -132,6 +185,12 @@ class Names:
             old.content != new.content and (new.version.is_diff or not old.version.same_file(new.version))
             for old in self._open.get(new.path, ())
         )
+
+    def rebase(self, claim: Claim, version: Version, identify: Callable[[], Hashable]) -> None:
+        """An open file goes on as another one of the store, which has taken its place: it is the same to the kernel."""
+        content = identify()
+        with self._changed:
+            claim.version, claim.identify, claim.content = version, identify, content
 
     def used(self, claim: Claim) -> None:
         """The file was read from: the kernel has done what the open told it to do with the pages."""

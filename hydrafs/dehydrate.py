@@ -9,20 +9,23 @@ Beside the pass over the model run: the SHA-256 of a base that is new here, read
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hydrafs import bases, containers, prefetch
+from hydrafs import bases, containers, keeping, prefetch
 from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
 from hydrafs.composition import made_of
+from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
@@ -32,11 +35,12 @@ from hydrafs.identity import FileIdentity, sha256
 from hydrafs.layout import FileSource, Layout, plain_text
 from hydrafs.manifest import Manifest, Parent
 from hydrafs.matching import Computed, Match, match
+from hydrafs.needs import needs
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.restore import prove
-from hydrafs.store import ModelEntry, Store, TemporaryFile, fsync_folder, trailer_of
+from hydrafs.store import TEMPORARY, ModelEntry, Store, TemporaryFile, fsync_folder, trailer_of
 from hydrafs.version import __version__
 
 MUST_SHRINK_BY = 0.05
@@ -51,8 +55,9 @@ Progress = Callable[[Stage, int, int], None]
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to dehydrate. ``bases`` empty: found by itself, though never among ``not_bases`` (plain files that will be
-    dehydrated themselves). ``jobs``: coding threads. ``codec``: one for all tensors, or
-    the smallest for each; ``raw`` compresses nothing."""
+    dehydrated themselves). ``jobs``: coding threads. ``codec``: one for all tensors, or the smallest for each; ``raw``
+    compresses nothing. ``still`` is asked all along whether to go on: it waits, or raises what ends the work, and the
+    model stays as it is; it is asked for the last time when the original has left its name."""
 
     bases: tuple[Path, ...] = ()
     not_bases: tuple[Path, ...] = ()
@@ -60,6 +65,7 @@ class Options:
     jobs: int = field(default_factory=lambda: max(1, os.cpu_count() or 1))
     codec: str = AUTOMATIC
     chunk_nbytes: int = DEFAULT_CHUNK_NBYTES
+    still: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +104,13 @@ def dehydrate(
         HydraError: by class what the user can do; the original stands as it stood.
     """
     options = options or Options()
-    report = progress or (lambda stage, nbytes, total: None)
-    folder = (folder or model.parent).resolve()
+
+    def report(stage: Stage, nbytes: int, total: int) -> None:
+        options.still()
+        if progress:
+            progress(stage, nbytes, total)
+
+    folder = real_path(folder or model.parent)
     name = name or model.name
     target = folder / (name + SUFFIX)
     _refuse(model)
@@ -109,6 +120,8 @@ def dehydrate(
         before = FileIdentity.of(source.stat)
         if target.exists() and trailer_of(target).size != source.size:
             raise AlreadyThere("another diff has that name", where=target, remedy="move it away, or rename the model")
+        if store.is_pinned(real_path(model)) and not options.keep:
+            return _left_alone(model, source.size, source.size, ("it is pinned; hydrafs bases --unpin lets it go",))
         needed_by = _needed_by(store, model, before)
         if needed_by and not options.keep and not options.bases:
             return _left_alone(model, source.size, source.size, (f"{needed_by}; a base stays whole",))
@@ -173,11 +186,16 @@ def dehydrate(
                     return _left_alone(model, source.size, stored, choice.reasons)
                 _copy_ownership(source, temporary)
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
-                _unchanged(model, source, before)
-                replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
-                temporary.commit(target, replace=replace)
-            _remember(store, model, before, target, manifest.sha256, facts)
-            removed = not options.keep and _may_go(source, opened) and _remove(model, source, before)
+                # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
+                with store.lock():
+                    options.still()
+                    _unchanged(model, source, before)
+                    _keep_parents(store, entries, manifest.parents, opened)
+                    replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
+                    temporary.commit(target, replace=replace)
+                    _remember(store, model, before, target, manifest.sha256, facts)
+                    removed = not options.keep and _may_go(source, opened)
+                    removed = removed and _remove(model, source, before, target, options.still)
             with DiffFile(target) as diff:
                 reasons = (*choice.reasons, *map(str, made_of(diff)))
             if not removed and not options.keep:
@@ -199,7 +217,7 @@ def _refuse(model: Path) -> None:
         raise UsageError(
             "a link is no model",
             where=model,
-            detail=f"it points to {model.resolve()}",
+            detail=f"it points to {real_path(model)}",
             remedy="name the file that it points to",
         )
     if not model.exists():
@@ -213,13 +231,14 @@ def _refuse(model: Path) -> None:
 
 
 def _needed_by(store: Store, model: Path, identity: FileIdentity) -> str:
-    known = store.catalog.sha256(model.resolve(), identity)
+    known = store.catalog.sha256(real_path(model), identity)
     # A model that was ever a parent has its SHA-256 in the catalog; only then are the diffs asked.
-    dependents = store.dependents(known) if known else []
-    if not dependents:
+    need = needs(store).get(known) if known else None
+    if need is None:
         return ""
+    dependents = need.dependents or ["a retired model"]
     others = f" and {len(dependents) - 1} more" if len(dependents) > 1 else ""
-    return f"{dependents[0].name}{others} needs it"
+    return f"{dependents[0]}{others} needs it"
 
 
 def _left_alone(model: Path, size: int, stored: int, reasons: tuple[str, ...]) -> Outcome:
@@ -234,7 +253,7 @@ def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
             facts, _ = bases.facts_of_diff(store, entry.path)
         else:
             facts = bases.facts_of_file(store, entry.path)
-            store.add_base_folder(entry.path.resolve().parent)
+            store.add_base_folder(real_path(entry.path).parent)
         candidates.append(bases.Candidate(entry, facts))
     reason = "base as named: " + ", ".join(c.entry.name for c in candidates)
     return bases.Choice(tuple(candidates), (reason,), tuple(candidates))
@@ -351,12 +370,20 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 def _unchanged(model: Path, source: FileSource, before: FileIdentity) -> None:
     try:
-        now = FileIdentity.of(os.stat(model))
-        open_now = FileIdentity.of(os.fstat(source.fd))
+        now = (os.stat(model), os.fstat(source.fd))
     except OSError as error:
         raise Changing("a model went away while it was read", where=model) from error
-    if now != before or open_now != before:
+    if not all(_is_same(stat, source, before) for stat in now):
         raise Changing("a model changed while it was read", where=model)
+
+
+def _is_same(stat: os.stat_result, source: FileSource, before: FileIdentity) -> bool:
+    now = FileIdentity.of(stat)
+    if now == before:
+        return True
+    # Another process that stores a model against this one holds it by a link: that changes its ctime, and nothing else.
+    linked = stat.st_nlink != source.stat.st_nlink
+    return linked and dataclasses.replace(now, ctime_ns=before.ctime_ns) == before
 
 
 def _copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
@@ -368,7 +395,7 @@ def _copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
 
 def _remember(store: Store, model: Path, before: FileIdentity, target: Path, digest: bytes, facts: ModelFacts) -> None:
     with contextlib.suppress(OSError):
-        store.catalog.remember_sha256(model.resolve(), before, digest)
+        store.catalog.remember_sha256(real_path(model), before, digest)
         store.catalog.remember_facts(target, FileIdentity.of(os.stat(target)), facts)
 
 
@@ -414,14 +441,62 @@ def _may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> bo
     return True
 
 
-def _remove(model: Path, source: FileSource, before: FileIdentity) -> bool:
-    """Remove the original if it is still the file that was read; a file that someone wrote meanwhile stays."""
+def _keep_parents(
+    store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[FileSource | Rehydrated]
+) -> None:
+    """Hold every file that the diff will be read from, so that it outlives its name."""
+    for entry, parent in zip(entries, parents, strict=True):
+        keeping.hold(store, entry.path, parent.sha256)
+    pending = [parent for parent in opened if isinstance(parent, Rehydrated)]
+    while pending:
+        diff = pending.pop()
+        for record, open_parent in zip(diff.manifest.parents, diff.parents, strict=True):
+            if isinstance(open_parent.source, Rehydrated):
+                keeping.hold(store, Path(open_parent.source.diff.path), record.sha256)
+                pending.append(open_parent.source)
+            elif isinstance(open_parent.source, FileSource):
+                keeping.hold(store, Path(open_parent.source.path), record.sha256)
+
+
+def _remove(model: Path, source: FileSource, before: FileIdentity, target: Path, still: Callable[[], None]) -> bool:
+    """Remove the original if it is still the file that was read; a file that someone wrote meanwhile stays.
+
+    It leaves its name before it is looked at for the last time: who opens the name from then on gets the diff, so what
+    was not written by then cannot be written any more. Killed in between, a temporary file is left, beside the diff.
+    """
+    aside = model.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         _unchanged(model, source, before)
-        model.unlink()
+        model.rename(aside)
+        try:
+            now = os.fstat(source.fd)
+            same = (now.st_size, now.st_mtime_ns, now.st_ino) == (before.size, before.mtime_ns, before.inode)
+            if not same or not os.path.samestat(now, os.stat(aside)):
+                raise Changing("a model changed while it was read", where=model)
+            still()
+        except BaseException:
+            _bring_back(aside, model, target)
+            raise
+        with contextlib.suppress(OSError):  # nobody sees its name: what cannot go now goes at the next start
+            aside.unlink()
         fsync_folder(model.parent)
         return True
     except HydraError:
         return False
     except OSError as error:
         raise from_oserror(error, "the diff is stored, but the original cannot be removed", model) from error
+
+
+def _bring_back(aside: Path, model: Path, target: Path) -> None:
+    """A write came in the middle, and wins: the file has its name again, and the diff of what it was is gone."""
+    try:
+        os.link(aside, model)
+    except FileExistsError:
+        pass  # a newer file has the name
+    except OSError:
+        if not os.path.lexists(model):
+            aside.rename(model)
+    with contextlib.suppress(OSError):
+        aside.unlink()
+    with contextlib.suppress(OSError):
+        target.unlink()

@@ -5,13 +5,16 @@ Plan: header, chunk payloads, index, manifest, trailer (``docs/FORMAT.md`` owns 
 Rule 1: nothing is believed before its checksum agrees and its ranges lie in the file.
 Rule 2: no size that a file declares is allocated before it is bounded.
 Rule 3: the trailer alone answers ``stat``: one read, nothing decompressed.
+Rule 4: a diff that has its name is written to no more. Mode and mtime of its model are changed beside it, in an
+        extended attribute, which the kernel sets whole or not at all.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -43,6 +46,12 @@ FLAG_NARROWED = 1
 """The chunk was narrowed to its section's narrow dtype before it was coded."""
 FLAG_UNPREDICTED = 2
 """The chunk was coded without its prediction, because that was smaller."""
+
+XATTR_ATTRIBUTES = "user.hydrafs.attributes"
+"""Mode and mtime of a model that were changed since its diff was written (docs/FORMAT.md)."""
+_ATTRIBUTES = struct.Struct("<IIqQ")
+_ATTRIBUTES_VERSION = 1
+assert _ATTRIBUTES.size == 24
 
 MAX_MANIFEST_NBYTES = 64 << 20
 _TAIL_NBYTES = 128 << 10
@@ -126,7 +135,44 @@ def read_trailer(fd: int, where: str) -> Trailer:
         raise from_oserror(error, "cannot read", where) from error
     if len(data) != TRAILER_NBYTES:
         raise CorruptDiff("a diff became shorter", where=where)
-    return _unpack_trailer(data, size, where)
+    return _as_changed(fd, _unpack_trailer(data, size, where), data)
+
+
+def _as_changed(fd: int, trailer: Trailer, data: bytes) -> Trailer:
+    """``trailer`` with the mode and mtime that were set since ``data``, its bytes, was written."""
+    try:
+        value = os.getxattr(fd, XATTR_ATTRIBUTES)
+    except OSError:
+        return trailer
+    if len(value) != _ATTRIBUTES.size:
+        return trailer
+    version, mode, mtime_ns, checksum = _ATTRIBUTES.unpack(value)
+    # An attribute that was left on a file whose content is another diff's by now says nothing of that.
+    if version != _ATTRIBUTES_VERSION or checksum != xxhash.xxh3_64_intdigest(data):
+        return trailer
+    return replace(trailer, mode=mode, mtime_ns=mtime_ns)
+
+
+def set_attributes(fd: int, where: str, *, mode: int, mtime_ns: int) -> bool:
+    """Change what the model of the open diff ``fd`` is served with: in one step, and nothing of the file itself.
+
+    Returns:
+        Whether it could be done; not on a filesystem without extended attributes, or where they may not be set.
+
+    Raises:
+        CorruptDiff, UnsupportedDiff: it has no trailer to go with.
+        OSError: the disk failed.
+    """
+    read_trailer(fd, where)
+    data = os.pread(fd, TRAILER_NBYTES, os.fstat(fd).st_size - TRAILER_NBYTES)
+    value = _ATTRIBUTES.pack(_ATTRIBUTES_VERSION, mode, mtime_ns, xxhash.xxh3_64_intdigest(data))
+    try:
+        os.setxattr(fd, XATTR_ATTRIBUTES, value)
+    except OSError as error:
+        if error.errno in (errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.E2BIG):
+            return False
+        raise
+    return True
 
 
 class DiffFile:
@@ -181,7 +227,8 @@ class DiffFile:
             )
         start = max(0, size - _TAIL_NBYTES)
         tail = self._exactly(start, size - start)
-        self.trailer = trailer = _unpack_trailer(tail[-TRAILER_NBYTES:], size, self.path)
+        end = tail[-TRAILER_NBYTES:]
+        self.trailer = trailer = _as_changed(self.fd, _unpack_trailer(end, size, self.path), end)
 
         def part(offset: int, nbytes: int) -> bytes:
             if offset >= start:

@@ -10,6 +10,8 @@ import errno
 import logging
 import os
 
+from hydrafs.covered import shown
+
 
 class HydraError(Exception):
     """The root of every error that hydrafs raises on purpose.
@@ -45,6 +47,7 @@ class HydraError(Exception):
 
 def printable(text: str) -> str:
     """``text`` on one line, with bytes that no terminal shows written as escapes."""
+    text = shown(text)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
@@ -123,6 +126,13 @@ class Denied(HydraError):
 
     exit_code = 9
     errno = errno.EACCES
+
+
+class Protected(Denied):
+    """The store's policy forbids it: dehydrated models may not be removed, renamed or replaced."""
+
+    errno = errno.EPERM
+    default_remedy = "mount without --protect, or set protect = false in .hydrafs/config.toml"
 
 
 class AlreadyThere(HydraError):

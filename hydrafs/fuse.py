@@ -19,14 +19,13 @@ import operator
 import os
 import signal
 import stat
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import get_ident
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from hydrafs.attributes import Attributes, Entry
-from hydrafs.errors import HydraError, log_once
+from hydrafs.callbacks import decode, encode, errno_of, failed, guarded, memory
+from hydrafs.fusewriting import READ_ONLY, WritableTree, WritingCallbacks
 from hydrafs.libfuse import BINDINGS, MAX_BACKGROUND, READAHEAD_NBYTES, Binding, load_binding
 
 __all__ = ["BINDINGS", "Attributes", "Binding", "Entry", "Handle", "Tree", "errno_of", "load_binding", "serve"]
@@ -97,66 +96,11 @@ class Tree(Protocol):
         ...
 
 
-# An OSError with one of these is an answer; any other is worth a line in the log.
-_ANSWERS = frozenset(
-    {
-        errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENODATA, errno.EROFS, errno.EACCES, errno.EPERM, errno.EINVAL,
-        errno.ENOTSUP, errno.ERANGE, errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.ESTALE,
-    }
-)  # fmt: skip
-
-
-def errno_of(error: BaseException) -> int:
-    """The positive errno that ``error`` is told to the kernel as: its own where it has one, otherwise EIO."""
-    number = error.errno if isinstance(error, (OSError, HydraError)) else None
-    # The kernel takes errnos below 512 from a filesystem; ENOSYS would make it stop asking, for the mount's whole life.
-    return number if isinstance(number, int) and 0 < number < 512 and number != errno.ENOSYS else errno.EIO
-
-
-def _failed(operation: str, path: object, error: BaseException) -> int:
-    """Log ``error`` as it deserves, and give the negative errno that the callback returns."""
-    number = errno.EIO
-    try:
-        number = errno_of(error)
-        where = _decode(path) if isinstance(path, bytes) else "an open file"
-        if isinstance(error, HydraError):
-            log_once(log, error, "%s %r: %s", operation, where, error)
-        elif isinstance(error, OSError) and error.errno == number:
-            if number in _ANSWERS:
-                log.debug("%s %r: %s", operation, where, error)
-            else:
-                log_once(log, error, "%s %r: %s", operation, where, error)
-        else:
-            log.error("%s %r: unexpected %s", operation, where, type(error).__name__, exc_info=error)
-    except BaseException:  # the log itself is broken: an answer still has to be given
-        pass
-    return -number
-
-
-_ENCODING, _ERRORS = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()
-
-
-def _decode(name: bytes) -> str:
-    return name.decode(_ENCODING, _ERRORS)
-
-
-def _encode(name: str) -> bytes:
-    return name.encode(_ENCODING, _ERRORS)
-
-
-_READ_ONLY = (
-    "mknod", "mkdir", "unlink", "rmdir", "symlink", "rename", "link", "chmod", "chown", "truncate", "ftruncate",
-    "write", "setxattr", "removexattr", "create", "utimens", "fallocate",
-)  # fmt: skip
 _FILL_DIR_PLUS = 1 << 1  # enum fuse_fill_dir_flags, libfuse 3 fuse.h
 _READDIR_PLUS = 1 << 0  # enum fuse_readdir_flags, libfuse 3 fuse.h
 _PYBUF_WRITE = 0x200
 # libfuse's FUSE_UNKNOWN_INO. Not 0: glibc leaves such a name out of a listing.
 _UNKNOWN_INO = 0xFFFFFFFF
-
-_memory: Any = ctypes.pythonapi.PyMemoryView_FromMemory
-_memory.restype = ctypes.py_object
-_memory.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
 
 
 @dataclass(slots=True)
@@ -176,6 +120,7 @@ class _Adapter:
         self._on_init = on_init
         self._stat: Any = binding.module.c_stat
         self._numbers = itertools.count(1)
+        self._read_only = getattr(tree, "read_only", True)
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, _Directory] = {}
         self.failure: BaseException | None = None
@@ -190,22 +135,25 @@ class _Adapter:
             "releasedir": self._releasedir, "statfs": self._statfs, "getxattr": self._getxattr,
             "listxattr": self._listxattr, "access": self._access,
         }  # fmt: skip
-        callbacks.update(dict.fromkeys(_READ_ONLY, _refuse))
+        if self._read_only:
+            callbacks.update(dict.fromkeys(READ_ONLY, _refuse))
+        else:
+            callbacks.update(WritingCallbacks(cast(WritableTree, self._tree), self._binding, self).table())
         for name, function in callbacks.items():
             if name in types:
-                setattr(table, name, types[name](_guarded(name, function)))
+                setattr(table, name, types[name](guarded(name, function)))
         table.init = types["init"](self._init)
         table.destroy = types["destroy"](self._destroy)
         # An open file or directory is known by its handle: libfuse need not build, nor lock, its path.
         if "flag_nullpath_ok" in types:
-            table.flag_nullpath_ok = table.flag_nopath = 1
+            table.flag_nullpath_ok = table.flag_nopath = table.flag_utime_omit_ok = 1
         return table
 
     def _init(self, connection: Any, config: Any = None) -> None:
         try:
             if self._binding.major >= 3:
                 conn, cfg = connection.contents, config.contents
-                conn.max_read = self._binding.max_read_nbytes
+                conn.max_read = conn.max_write = self._binding.max_read_nbytes
                 conn.max_readahead = READAHEAD_NBYTES
                 conn.max_background = MAX_BACKGROUND
                 conn.congestion_threshold = MAX_BACKGROUND * 3 // 4
@@ -223,32 +171,37 @@ class _Adapter:
         try:
             self._tree.stop()
         except BaseException as error:
-            _failed("destroy", b"/", error)
+            failed("destroy", b"/", error)
 
     def _getattr(self, path: bytes | None, out: Any, info: Any = None) -> int:
         handle = self._handles.get(info.contents.fh) if info else None
         if handle is not None:
-            _fill(out.contents, handle.attributes())
+            fill(out.contents, handle.attributes())
         elif path is not None:
-            _fill(out.contents, self._tree.getattr(path.decode(_ENCODING, _ERRORS)))
+            fill(out.contents, self._tree.getattr(decode(path)))
         else:
             return -errno.EBADF
         return 0
 
     def _readlink(self, path: bytes, out: Any, nbytes: int) -> int:
-        target = _encode(self._tree.readlink(_decode(path)))[: nbytes - 1] + b"\0"
+        target = encode(self._tree.readlink(decode(path)))[: nbytes - 1] + b"\0"
         ctypes.memmove(out, target, len(target))
         return 0
 
     def _access(self, path: bytes, mode: int) -> int:
-        if mode & os.W_OK:
+        if mode & os.W_OK and self._read_only:
             return -errno.EROFS
-        found = self._tree.getattr(_decode(path)).mode
+        found = self._tree.getattr(decode(path)).mode
+        # The kernel asks this only where it leaves permissions to us: nobody but who mounted, and root, gets here.
+        if mode & os.W_OK and os.geteuid() != 0 and not found & 0o222:
+            return -errno.EACCES
         return -errno.EACCES if mode & os.X_OK and not stat.S_ISDIR(found) and not found & 0o111 else 0
 
     def _open(self, path: bytes, info: Any) -> int:
-        opened = info.contents
-        handle = self._tree.open(_decode(path), opened.flags)
+        return self.give(self._tree.open(decode(path), info.contents.flags), info.contents)
+
+    def give(self, handle: Handle, opened: Any) -> int:
+        """Tell the kernel, through a ``fuse_file_info``, of a file that was opened."""
         number = next(self._numbers)
         self._handles[number] = handle
         try:
@@ -259,11 +212,22 @@ class _Adapter:
             raise
         return 0
 
+    def handle(self, info: Any) -> Handle:
+        """The open file that a ``fuse_file_info`` means.
+
+        Raises:
+            OSError: EBADF where there is none.
+        """
+        handle = self._handles.get(info.contents.fh)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
+
     def _read(self, path: bytes | None, out: Any, nbytes: int, offset: int, info: Any) -> int:
         handle = self._handles.get(info.contents.fh)
         if handle is None:
             return -errno.EBADF
-        view: memoryview = _memory(ctypes.addressof(out.contents), nbytes, _PYBUF_WRITE)
+        view: memoryview = memory(ctypes.addressof(out.contents), nbytes, _PYBUF_WRITE)
         done = operator.index(handle.pread_into(offset, view))
         # The kernel takes a short answer for the end of the file and fills up with zeros.
         while 0 < done < nbytes:
@@ -291,13 +255,20 @@ class _Adapter:
             try:
                 handle.close()
             except BaseException as error:  # nobody is left who could take an error
-                _failed("release", None, error)
+                failed("release", None, error)
 
     def _opendir(self, path: bytes, info: Any) -> int:
         number = next(self._numbers)
-        self._directories[number] = _Directory(_decode(path), [])
+        self._directories[number] = _Directory(decode(path), [])
         info.contents.fh = number
         return 0
+
+    def directory(self, info: Any) -> str:
+        """The path of the open folder that a ``fuse_file_info`` means; ``OSError(EBADF)`` where there is none."""
+        directory = self._directories.get(info.contents.fh)
+        if directory is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return directory.path
 
     def _readdir(self, path: bytes | None, out: Any, add: Any, offset: int, info: Any, flags: int = 0) -> int:
         directory = self._directories.get(info.contents.fh)
@@ -315,19 +286,19 @@ class _Adapter:
         prefix = directory.path.rstrip("/") + "/"
         for index in range(offset, len(directory.entries)):
             entry = directory.entries[index]
-            fill = 0
+            plus = 0
             if flags & _READDIR_PLUS and index >= 2:
                 # The kernel is about to stat them one by one: this saves it a round trip for each.
                 try:
-                    _fill(result, self._tree.getattr(prefix + entry.name))
-                    fill = _FILL_DIR_PLUS
+                    fill(result, self._tree.getattr(prefix + entry.name))
+                    plus = _FILL_DIR_PLUS
                 except Exception:  # it stays listed; who asks for it by name gets the error
                     pass
-            if not fill:
+            if not plus:
                 result.st_mode = entry.mode
                 result.st_ino = entry.ino or _UNKNOWN_INO
-            name = entry.name.encode(_ENCODING, _ERRORS)
-            full = add(out, name, result, index + 1, fill) if with_flags else add(out, name, result, index + 1)
+            name = encode(entry.name)
+            full = add(out, name, result, index + 1, plus) if with_flags else add(out, name, result, index + 1)
             if full:
                 break
         return 0
@@ -337,7 +308,7 @@ class _Adapter:
         return 0
 
     def _statfs(self, path: bytes, out: Any) -> int:
-        found, result = self._tree.statfs(_decode(path)), out.contents
+        found, result = self._tree.statfs(decode(path)), out.contents
         for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
             setattr(result, name, getattr(found, name))
         result.f_namemax = found.f_namemax
@@ -347,42 +318,18 @@ class _Adapter:
         # ls -l asks two of these of every file: labels and access lists, which no file of a tree has.
         if name.startswith((b"system.", b"security.")):
             return -errno.ENODATA
-        return _give(self._tree.getxattr(_decode(path), _decode(name)), out, nbytes)
+        return _give(self._tree.getxattr(decode(path), decode(name)), out, nbytes)
 
     def _listxattr(self, path: bytes, out: Any, nbytes: int) -> int:
-        names = self._tree.listxattr(_decode(path))
-        return _give(b"".join(_encode(name) + b"\0" for name in names), out, nbytes)
-
-
-# Python makes and drops its state of a foreign thread around every callback, which costs more than most callbacks do.
-# One reference more keeps it for the thread's life; libfuse is told to keep its threads.
-_kept_threads: set[int] = set()
-
-
-def _keep_thread() -> None:
-    ctypes.pythonapi.PyGILState_Ensure()
-    _kept_threads.add(get_ident())
-
-
-def _guarded(name: str, function: Callable[..., int]) -> Callable[..., int]:
-    """``function``, with everything that it may raise turned into a negative errno."""
-
-    def callback(*arguments: Any) -> int:
-        if get_ident() not in _kept_threads:
-            _keep_thread()
-        try:
-            return function(*arguments)
-        except BaseException as error:  # rule 1
-            return _failed(name, arguments[0], error)
-
-    return callback
+        names = self._tree.listxattr(decode(path))
+        return _give(b"".join(encode(name) + b"\0" for name in names), out, nbytes)
 
 
 def _refuse(*arguments: object) -> int:
     return -errno.EROFS
 
 
-def _fill(result: Any, attributes: Attributes) -> None:
+def fill(result: Any, attributes: Attributes) -> None:
     """Write ``attributes`` into a ``struct stat``."""
     result.st_mode = attributes.mode
     result.st_nlink = attributes.nlink
@@ -391,6 +338,7 @@ def _fill(result: Any, attributes: Attributes) -> None:
     result.st_size = attributes.size
     result.st_ino = attributes.ino
     result.st_blocks = attributes.blocks
+    result.st_rdev = attributes.rdev
     time = result.st_atimespec
     time.tv_sec, time.tv_nsec = divmod(attributes.atime_ns, 1_000_000_000)
     time = result.st_mtimespec
@@ -431,7 +379,7 @@ def serve(tree: Tree, mountpoint: str, options: Sequence[str], binding: Binding,
     adapter = _Adapter(tree, binding, on_init)
     table = adapter.operations()
     arguments = ["hydrafs", "-f", "-o", ",".join([*options, *binding.options()]), mountpoint]
-    argv = (ctypes.c_char_p * (len(arguments) + 1))(*map(_encode, arguments), None)
+    argv = (ctypes.c_char_p * (len(arguments) + 1))(*map(encode, arguments), None)
     prototype = ctypes.CFUNCTYPE(
         ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p
     )

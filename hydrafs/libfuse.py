@@ -70,6 +70,10 @@ class Binding:
             "nonempty",
             "use_ino",
             "readdir_ino",
+            # Requests to write of more than a page; and an open that truncates says so, instead of truncating after.
+            "big_writes",
+            "atomic_o_trunc",
+            f"max_write={self.max_read_nbytes}",
             f"max_readahead={READAHEAD_NBYTES}",
             f"max_background={MAX_BACKGROUND}",
             f"congestion_threshold={MAX_BACKGROUND * 3 // 4}",

@@ -42,8 +42,8 @@ class MountOptions:
 
     def arguments(self) -> list[str]:
         """These options as libfuse takes them. nosuid and nodev are in it whatever was asked for."""
-        # Nothing can be written yet, and the kernel says so sooner and more cheaply than we can.
-        given = ["ro", "nosuid", "nodev", *self.flags]
+        # Where nothing is to be written, the kernel says so sooner and more cheaply than we can.
+        given = [*(["ro"] if self.read_only else []), "nosuid", "nodev", *self.flags]
         # Without default_permissions the kernel would let every user read everything.
         checked = self.allow_other or self.allow_root or self.default_permissions
         for name, wanted in (("allow_other", self.allow_other), ("allow_root", self.allow_root)):

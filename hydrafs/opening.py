@@ -21,6 +21,7 @@ from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX, DiffFile
 from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable
 from hydrafs.identity import FileIdentity, probe, sha256
+from hydrafs.keeping import place_of
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
@@ -239,6 +240,9 @@ class Opener:
         for path in hints:
             yield path
             yield Path(f"{path}{SUFFIX}")
+        for folder in (store.held, store.retired):
+            yield place_of(folder, parent.sha256, is_diff=False)
+            yield place_of(folder, parent.sha256, is_diff=True)
         yield from store.catalog.paths_of(parent.sha256)
         by_size, by_sha256 = self._scanned()
         yield from by_sha256.get(parent.sha256, ())

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -18,7 +18,7 @@ import msgspec
 from hydrafs.cache import ChunkCache
 from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
-from hydrafs.diff import DiffWriter
+from hydrafs.diff import TRAILER_NBYTES, XATTR_ATTRIBUTES, DiffWriter, read_trailer, set_attributes
 from hydrafs.encode import encode_model
 from hydrafs.errors import AlreadyThere, NoSpace, UsageError, VerifyFailed, from_oserror
 from hydrafs.manifest import PREDICTION_SAME, PREDICTION_TENSOR
@@ -95,12 +95,18 @@ class Restored:
 
 
 def rehydrate(
-    store: Store, entry: ModelEntry, output: Path | None = None, *, progress: Progress | None = None
+    store: Store,
+    entry: ModelEntry,
+    output: Path | None = None,
+    *,
+    progress: Progress | None = None,
+    carry: bool = False,
 ) -> Restored:
     """Write the model of a diff as a full file, with its mode and mtime; the diff stays.
 
     Args:
         output: where to (default: under the model's name, beside the diff). A folder gets the model's name in it.
+        carry: give it the owner and the extended attributes of the diff, too, as to the file that takes its place.
 
     Raises:
         AlreadyThere: a file of that name exists.
@@ -122,15 +128,62 @@ def rehydrate(
                 found = read_all(model, temporary.file.write, progress)
                 temporary.file.flush()
                 fd = temporary.file.fileno()
+                if carry:
+                    carry_over(model.diff.fd, fd)
                 os.fchmod(fd, model.diff.trailer.mode & 0o7777)
                 mtime_ns = model.diff.trailer.mtime_ns
-                os.utime(fd, ns=(mtime_ns, mtime_ns))
+                os.utime(fd, ns=(model.diff.stat.st_atime_ns if carry else mtime_ns, mtime_ns))
             except OSError as error:
                 raise from_oserror(error, "cannot write the model", target) from error
             if found != model.manifest.sha256:
                 raise _another(entry.path, found, model.manifest.sha256)
             temporary.commit(target)
         return Restored(target, model.size, found)
+
+
+def carry_over(source: int, target: int) -> None:
+    """Give the open file ``target`` the owner and the extended attributes of ``source``, as far as we may."""
+    stat = os.fstat(source)
+    with contextlib.suppress(PermissionError):
+        os.fchown(target, stat.st_uid, stat.st_gid)
+    with contextlib.suppress(OSError):
+        for name in os.listxattr(source):
+            if name != XATTR_ATTRIBUTES:
+                with contextlib.suppress(OSError):
+                    os.setxattr(target, name, os.getxattr(source, name))
+
+
+def change_attributes(path: Path, *, mode: int, mtime_ns: int) -> None:
+    """Change the mode and mtime that the model of the diff at ``path`` is served with.
+
+    They are set beside the diff where its filesystem can (``hydrafs.diff``, rule 4). Elsewhere a copy of the diff with
+    another trailer takes its place.
+
+    Raises:
+        HydraError: the diff stands as it stood.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if set_attributes(fd, os.fspath(path), mode=mode, mtime_ns=mtime_ns):
+                return
+            trailer = replace(read_trailer(fd, os.fspath(path)), mode=mode, mtime_ns=mtime_ns)
+            stat = os.fstat(fd)
+            with TemporaryFile(path.parent) as temporary:
+                position, end = 0, stat.st_size - TRAILER_NBYTES
+                while position < end:
+                    block = os.pread(fd, min(_READ_NBYTES, end - position), position)
+                    temporary.file.write(block)
+                    position += len(block)
+                temporary.file.write(trailer.pack())
+                temporary.file.flush()
+                carry_over(fd, temporary.file.fileno())
+                os.fchmod(temporary.file.fileno(), stat.st_mode & 0o7777)
+                temporary.commit(path, replace=True)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise from_oserror(error, "cannot change the attributes of a diff", path) from error
 
 
 def uncompress(store: Store, entry: ModelEntry, *, jobs: int, progress: Progress | None = None) -> tuple[int, int]:

@@ -13,7 +13,7 @@ import os
 import secrets
 import stat as stat_module
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,8 +21,9 @@ from typing import BinaryIO
 import tomli_w
 
 from hydrafs.catalog import Catalog
+from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
-from hydrafs.errors import AlreadyThere, HydraError, NotFound, UsageError, from_oserror
+from hydrafs.errors import AlreadyThere, NotFound, UsageError, from_oserror
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,7 +33,8 @@ else:  # pragma: no cover - depends on the interpreter
 PRIVATE = ".hydrafs"
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 _WRITE_BACK_NBYTES = 32 << 20
-_TEMPORARY = ".hydrafs-tmp-"
+TEMPORARY = ".hydrafs-tmp-"
+"""How the names of files begin that are not there yet."""
 _MAX_LINKS = 40  # as path_resolution(7) has it
 
 
@@ -76,11 +78,16 @@ def leads_into(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
         folder: absolute, without links.
     """
     target, current, links = os.fspath(folder), "/", 0
-    pending = os.fspath(path).split("/")[::-1]
+    text, root = os.fspath(path), ""
+    if is_covered(text):  # the descriptor leads below the mount, where the path goes on
+        root = current = "/".join(text.split("/")[:5])
+        text = text[len(root) :]
+    pending = text.split("/")[::-1]
     while pending:
         part = pending.pop()
         if part in ("", ".", ".."):
-            current = os.path.dirname(current) if part == ".." else current
+            if part == "..":
+                current = os.path.dirname(named(current) if current == root else current)
             continue
         step = os.path.join(current, part)
         if step == target:
@@ -114,7 +121,7 @@ class TemporaryFile:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        self.path = folder / f"{TEMPORARY}{secrets.token_hex(8)}"
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -196,7 +203,7 @@ class Store:
         """
         path = Path(root).expanduser()
         try:
-            self.root = path.resolve(strict=True)
+            self.root = Path(os.path.abspath(path)) if is_covered(path) else path.resolve(strict=True)
             if not self.root.is_dir():
                 raise UsageError("a store is a folder", where=path, remedy="name the folder that holds the models")
             os.scandir(self.root).close()
@@ -204,13 +211,34 @@ class Store:
                 self.private.mkdir(exist_ok=True)
         except OSError as error:
             raise from_oserror(error, "cannot open the store", path) from error
-        self.catalog = Catalog(self.private / "catalog.sqlite" if self.private.is_dir() else None)
-        self.base_folders = self._read_config()
+        self.catalog = Catalog(self._catalog_path() if self.private.is_dir() else None)
+        self._configure()
+
+    def _catalog_path(self) -> Path | None:
+        own = self.private / "catalog.sqlite"
+        if not is_covered(self.root):
+            return own
+        elsewhere = catalog_of(self.root)
+        if elsewhere is not None:
+            with contextlib.suppress(OSError):
+                if not elsewhere.exists() or elsewhere.stat().st_mtime_ns < own.stat().st_mtime_ns:
+                    elsewhere.write_bytes(own.read_bytes())
+        return elsewhere
 
     @property
     def private(self) -> Path:
         """The folder of hydrafs' own files."""
         return self.root / PRIVATE
+
+    @property
+    def held(self) -> Path:
+        """The folder of hard links to the parents in use, by SHA-256 (``hydrafs.keeping``)."""
+        return self.private / "held"
+
+    @property
+    def retired(self) -> Path:
+        """The folder of models that are listed no more and that others need, by SHA-256."""
+        return self.private / "retired"
 
     def close(self) -> None:
         """Close the catalog."""
@@ -238,13 +266,38 @@ class Store:
         except OSError as error:
             raise from_oserror(error, "cannot read the store's configuration", self._config_path) from error
 
-    def _read_config(self) -> tuple[Path, ...]:
-        folders = self._config().get("base_folders", [])
-        if not isinstance(folders, list) or not all(isinstance(f, str) for f in folders):
+    def _configure(self) -> None:
+        config = self._config()
+        folders = self._texts(config, "base_folders", '["/path"]')
+        self.base_folders = tuple(real_path(self.root / Path(f).expanduser()) for f in folders)
+        self.pinned = frozenset(self._texts(config, "pinned", '["sd15.safetensors"]'))
+        protect = config.get("protect", False)
+        if not isinstance(protect, bool):
             raise UsageError(
-                "base_folders is no list of paths", where=self._config_path, remedy='write base_folders = ["/path"]'
+                "protect is neither true nor false", where=self._config_path, remedy="write protect = true"
             )
-        return tuple((self.root / Path(f).expanduser()).resolve() for f in folders)
+        self.protect = protect
+
+    def _texts(self, config: dict[str, object], key: str, example: str) -> list[str]:
+        values = config.get(key, [])
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise UsageError(f"{key} is no list of texts", where=self._config_path, remedy=f"write {key} = {example}")
+        return values
+
+    def section(self, name: str) -> dict[str, object]:
+        """A table of the configuration, as it stands in the file now; empty where there is none."""
+        table = self._config().get(name, {})
+        if not isinstance(table, dict):
+            raise UsageError(f"{name} is no table", where=self._config_path, remedy=f"write [{name}]")
+        return table
+
+    def _change_config(self, change: Callable[[dict[str, object]], None]) -> None:
+        config = self._config()
+        change(config)
+        with TemporaryFile(self.private) as temporary:
+            temporary.file.write(tomli_w.dumps(config).encode())
+            temporary.commit(self._config_path, replace=True)
+        self._configure()
 
     def reload(self) -> None:
         """Read the configuration again.
@@ -252,22 +305,38 @@ class Store:
         Raises:
             UsageError: it is damaged; what was read before still holds.
         """
-        self.base_folders = self._read_config()
+        self._configure()
 
     def add_base_folder(self, folder: Path) -> None:
         """Search ``folder`` for bases and parents from now on; kept in ``.hydrafs/config.toml``."""
-        folder = folder.resolve()
+        folder = real_path(folder)
         if folder in self.base_folders or folder.is_relative_to(self.root):
             return
+
+        def add(config: dict[str, object]) -> None:
+            config["base_folders"] = [*self._texts(config, "base_folders", ""), os.fspath(folder)]
+
         with self.lock():
-            config = self._config()
-            folders = config.get("base_folders", [])
-            assert isinstance(folders, list)
-            config["base_folders"] = [*folders, os.fspath(folder)]
-            with TemporaryFile(self.private) as temporary:
-                temporary.file.write(tomli_w.dumps(config).encode())
-                temporary.commit(self._config_path, replace=True)
-        self.base_folders = self._read_config()
+            self._change_config(add)
+
+    def pin(self, names: Collection[str], *, unpin: Collection[str] = ()) -> None:
+        """Keep the models of these names whole from now on; kept in ``.hydrafs/config.toml``. No other names are
+        checked than those given. Under ``lock`` already: ``repin``."""
+        with self.lock():
+            self.repin(names, unpin=unpin)
+
+    def repin(self, names: Collection[str], *, unpin: Collection[str] = ()) -> None:
+        """``pin`` for a caller that holds the lock."""
+
+        def change(config: dict[str, object]) -> None:
+            pinned = {*self._texts(config, "pinned", ""), *names} - set(unpin)
+            config["pinned"] = sorted(pinned)
+
+        self._change_config(change)
+
+    def is_pinned(self, path: Path) -> bool:
+        """Whether the model at the absolute ``path`` is to stay whole."""
+        return self.relative(path) in self.pinned
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -355,22 +424,10 @@ class Store:
                 return ModelEntry(self.relative(listed), candidate, candidate != listed)
         return None
 
-    def dependents(self, sha256: bytes) -> list[ModelEntry]:
-        """The diffs that need the model of this SHA-256. Reads every diff's manifest."""
-        from hydrafs.diff import DiffFile  # noqa: PLC0415 - only here; keeps the metadata path light
-
-        found = []
-        for model in self.models():
-            if model.is_diff:
-                with contextlib.suppress(HydraError), DiffFile(model.path) as diff:
-                    if any(p.sha256 == sha256 for p in diff.manifest.parents):
-                        found.append(model)
-        return found
-
     def remove_leftovers(self, folder: Path) -> int:
         """Remove temporary files in ``folder`` that no living process holds; how many there were."""
         count = 0
-        for path in folder.glob(_TEMPORARY + "*"):
+        for path in folder.glob(TEMPORARY + "*"):
             with contextlib.suppress(OSError):
                 fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
                 try:

@@ -19,7 +19,6 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +27,15 @@ from cachetools import LRUCache
 
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
-from hydrafs.coherence import Claim, Names, Version
-from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
+from hydrafs.coherence import Names, Version
+from hydrafs.covered import cover
+from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError, log_once
+from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attributes
 from hydrafs.identity import FileIdentity
-from hydrafs.layout import FileSource
+from hydrafs.keeping import KeptLinks, recover
 from hydrafs.opening import Opener
-from hydrafs.readahead import DecodePool, Reader
+from hydrafs.readahead import DecodePool
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import Store, is_private, listed_name
 
@@ -44,78 +45,38 @@ XATTR_SHA256 = "user.hash.sha256"
 XATTR_PREFIX = "user.hydrafs."
 XATTR_PATH = XATTR_PREFIX + "path"
 """Where a file or folder of the mount stands in the store. Answered, and not listed: a copy must not carry it along."""
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SETTLED_NS = 100_000_000
 """A folder changed less than this ago may change again within the same tick of its mtime."""
 _TRAILERS = 200_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a path of the mount stands in the store: ``real`` is the file or folder, ``is_diff`` says what it is."""
+class Place:
+    """Where a path of the mount stands in the store.
+
+    ``real`` is the file or folder, ``is_diff`` says what it is. ``listed`` is ``real`` by the name that is listed, diff
+    or not. ``departed`` is the open file that a deleted name stood for: ``real`` is its descriptor.
+    """
 
     real: str
     is_diff: bool
     stat: os.stat_result
-
-
-class OpenFile:
-    """An open file of the mount: a plain file, or a diff read as its model. Thread safety: any number of readers."""
-
-    def __init__(
-        self,
-        tree: StoreTree,
-        path: str,
-        place: _Place,
-        source: FileSource | Rehydrated,
-        attributes: Attributes,
-        identify: Callable[[], Hashable],
-    ) -> None:
-        self.path = path
-        self._names = tree.names
-        self._source = source
-        self._attributes = attributes
-        self._reader = Reader(source, tree.pool) if isinstance(source, Rehydrated) else None
-        self._claim: Claim = tree.names.claim(path, _version(place, attributes.size), identify, self.attributes)
-        self.keep_cache = self._claim.keep_cache
-
-    def pread_into(self, offset: int, out: memoryview) -> int:
-        """Fill ``out`` from ``offset``; less than asked only at the end of the file."""
-        self._names.used(self._claim)
-        if self._reader is None:
-            assert isinstance(self._source, FileSource)
-            try:
-                return os.preadv(self._source.fd, [out], offset)
-            except OSError as error:
-                log_once(log, error, "cannot read %s: %s", self._source.path, error)
-                raise
-        try:
-            return self._reader.pread_into(offset, out)
-        except HydraError as error:
-            log_once(log, error, "cannot read %s: %s", self.path, error)
-            raise
-
-    def attributes(self) -> Attributes:
-        """What ``fstat`` says: of a plain file as it is now, of a model as it was opened."""
-        if isinstance(self._source, FileSource):
-            return _plain_attributes(os.fstat(self._source.fd))
-        return self._attributes
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._names.release(self._claim)
-        self._source.close()
+    listed: str
+    departed: OpenFile | None = None
 
 
 class StoreTree:
-    """A store as the tree of a mount (``hydrafs.fuse.Tree``). Thread safety: all but ``start`` and ``stop``.
+    """A store as the tree of a read-only mount (``hydrafs.fuse.Tree``). Thread safety: all but ``start`` and ``stop``.
 
     Args:
         root: the store's folder.
         cache_nbytes: how many bytes of decoded chunks are kept.
-        mountpoint: where it is shown, resolved, so that no link of the store leads the daemon back to itself.
+        mountpoint: where it is shown, resolved, so that no link of the store leads the daemon back to itself. Where it
+            is the store, this must be made before the mount is.
     """
 
+    read_only = True
     store: Store
     cache: ChunkCache
     pool: DecodePool
@@ -129,17 +90,29 @@ class StoreTree:
     ) -> None:
         self._root = os.path.realpath(root)
         self._mountpoint = Path(mountpoint) if mountpoint is not None else None
+        self._covered = -1
+        if self._mountpoint is not None and os.fspath(self._mountpoint) == self._root:
+            # Over the store itself: from now on this is the only way to it.
+            self._covered = os.open(self._root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._cache_nbytes = cache_nbytes
         self._lock = threading.Lock()
         self.names = Names()
         self._trailers: LRUCache[str, tuple[FileIdentity, Trailer | None]] = LRUCache(_TRAILERS)
         self._directories: dict[str, tuple[int, int]] = {}
+        self._touched: dict[str, int] = {}
 
     def start(self) -> None:
         """Open the store and start the threads; in the process that serves, after it has forked."""
+        if self._covered >= 0:
+            descriptor = f"/proc/{os.getpid()}/fd/{self._covered}"
+            cover(descriptor, self._root)
+            self._root = descriptor
         writable = os.access(self._root, os.W_OK)
         self.store = Store(self._root, create=writable)
         self.store.off_limits = self._mountpoint
+        if writable and not self.read_only:
+            recover(self.store)
+        self.kept_links = KeptLinks(self.store)
         self.cache = ChunkCache(self._cache_nbytes)
         self.pool = DecodePool()
         self.opener = Opener(self.store, self.cache, background=True)
@@ -149,6 +122,9 @@ class StoreTree:
         self.opener.close()
         self.pool.close()
         self.store.close()
+        if self._covered >= 0:
+            os.close(self._covered)
+            self._covered = -1
 
     def statistics(self) -> CacheStatistics:
         """What the chunk cache did so far."""
@@ -156,29 +132,36 @@ class StoreTree:
 
     # Names
 
-    def _find(self, path: str) -> _Place:
+    def real(self, path: str) -> str:
+        """Where ``path`` stands in the store by the name that is listed."""
+        if path != "/":
+            return self._root + path
+        return self._root + "/." if self._covered >= 0 else self._root  # the folder, not the link that leads there
+
+    def find(self, path: str) -> Place:
+        """Where ``path`` stands in the store; ``OSError(ENOENT)`` where it does not."""
         if any(is_private(part) for part in path.split("/")):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        real = self._root + path if path != "/" else self._root
-        try:
-            found = os.lstat(real)
-            # A diff is not listed under its own name; a folder may be called anything.
-            name = real.rsplit("/", 1)[-1]
-            if listed_name(name) == name or not stat.S_ISREG(found.st_mode):
-                return _Place(real, False, found)
-        except FileNotFoundError:
-            pass
+        real = self.real(path)
+        found = _plain_at(real)
+        if found is not None:
+            return Place(real, False, found, real)
         try:
             found = os.lstat(real + SUFFIX)
         except OSError as error:
             # A name that has no room for the ending has no diff either.
             number = errno.ENOENT if error.errno == errno.ENAMETOOLONG else error.errno
+            # A model that is written to takes the name first, and its diff goes then: maybe between two looks.
+            found = _plain_at(real) if number == errno.ENOENT else None
+            if found is not None:
+                return Place(real, False, found, real)
             raise OSError(number, os.strerror(number or errno.EIO), path) from None
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        return _Place(real + SUFFIX, True, found)
+        return Place(real + SUFFIX, True, found, real)
 
-    def _trailer(self, place: _Place) -> Trailer | None:
+    def trailer(self, place: Place) -> Trailer | None:
+        """The trailer of a diff, if it is a sound one."""
         identity = FileIdentity.of(place.stat)
         with self._lock:
             known = self._trailers.get(place.real)
@@ -202,16 +185,24 @@ class StoreTree:
             self._trailers[place.real] = (identity, trailer)
         return trailer
 
+    def forget_trailer(self, real: str) -> None:
+        """What the diff at ``real`` says has changed, maybe sooner than its times tell."""
+        with self._lock:
+            self._trailers.pop(real, None)
+
     # Metadata
 
     def getattr(self, path: str) -> Attributes:
         """``lstat``: a diff is the model that it stands for; a name that is open is what it was opened as."""
-        place = self._find(path)
+        place = self.find(path)
+        if place.departed is not None:
+            found = place.departed.attributes()
+            return dataclasses.replace(found, nlink=0) if place.is_diff else found
         if stat.S_ISDIR(place.stat.st_mode):
-            return _plain_attributes(place.stat, self._directory_mtime(place))
-        trailer = self._trailer(place) if place.is_diff else None
-        attributes = _model_attributes(place.stat, trailer) if trailer else _plain_attributes(place.stat)
-        version = _version(place, attributes.size)
+            return plain_attributes(place.stat, self.directory_mtime(place))
+        trailer = self.trailer(place) if place.is_diff else None
+        attributes = model_attributes(place.stat, trailer) if trailer else self._plain(place.stat)
+        version = Version(place.stat.st_dev, place.stat.st_ino, place.is_diff, attributes.size)
         claim = self.names.open_as(path)
         if claim and not claim.version.same_file(version):
             # The name is there, whatever became of the file that it was.
@@ -219,11 +210,17 @@ class StoreTree:
         self.names.told(path, version)
         return attributes
 
+    def _plain(self, found: os.stat_result) -> Attributes:
+        attributes = plain_attributes(found)
+        kept = self.kept_links.count(found)
+        return dataclasses.replace(attributes, nlink=found.st_nlink - kept) if kept else attributes
+
     def readdir(self, path: str) -> list[Entry]:
         """The names in a folder, as they are listed."""
-        return self._members(self._find(path).real)
+        return self.members(self.find(path).real)
 
-    def _members(self, real: str) -> list[Entry]:
+    def members(self, real: str) -> list[Entry]:
+        """The names in the folder ``real``, as they are listed."""
         plain: dict[str, Entry] = {}
         diffs: dict[str, Entry] = {}
         with os.scandir(real) as entries:
@@ -235,19 +232,42 @@ class StoreTree:
                 (plain if name == entry.name else diffs)[name] = Entry(name, mode, entry.inode())
         return list({**diffs, **plain}.values())
 
-    def _directory_mtime(self, place: _Place) -> int:
+    def moved(self, old: str, new: str, shown: int | None) -> None:
+        """The folder ``old`` of the store is ``new`` now, and goes on being shown with the mtime ``shown``, if any."""
+        for table in (self._directories, self._touched):
+            for key in [key for key in table if key == old or key.startswith((old + "/", new + "/"))]:
+                table.pop(key, None)
+        if shown is not None:
+            known = self.store.catalog.directory(Path(old))
+            if known is not None:
+                self.store.catalog.remember_directory(Path(new), known[0], shown)
+
+    def touched(self, real: str) -> None:
+        """The folder ``real`` was changed on purpose: the mtime that it has now is shown, whatever its names are."""
+        with contextlib.suppress(OSError):
+            real = real.removesuffix("/.")
+            mtime_ns = os.stat(real).st_mtime_ns
+            self._directories.pop(real, None)
+            self._touched[real] = mtime_ns
+
+    def directory_mtime(self, place: Place) -> int:
+        """The mtime that a folder is shown with (rule 4)."""
         mtime_ns = place.stat.st_mtime_ns
+        place = dataclasses.replace(place, real=place.real.removesuffix("/."))
         known = self._directories.get(place.real)
         if known and known[0] == mtime_ns:
             return known[1]
         try:
-            names = sorted(f"{stat.S_IFMT(e.mode)}/{e.name}" for e in self._members(place.real))
+            names = sorted(f"{stat.S_IFMT(e.mode)}/{e.name}" for e in self.members(place.real))
         except OSError:
             return mtime_ns
         digest = xxhash.xxh3_64_intdigest("\0".join(names).encode("utf-8", "surrogateescape")) >> 1
         recorded = self.store.catalog.directory(Path(place.real))
+        own = self._touched.pop(place.real, None)
         shown = recorded[1] if recorded and recorded[0] == digest else mtime_ns
-        if not recorded or recorded[0] != digest:
+        if own is not None and recorded and recorded[0] == digest:
+            shown = own  # names that came and went through the mount
+        if recorded != (digest, shown):
             self.store.catalog.remember_directory(Path(place.real), digest, shown)
         if time.time_ns() - mtime_ns > _SETTLED_NS:
             self._directories[place.real] = (mtime_ns, shown)
@@ -255,13 +275,13 @@ class StoreTree:
 
     def readlink(self, path: str) -> str:
         """Where a link points, as it stands in the store."""
-        return os.readlink(self._find(path).real)
+        return os.readlink(self.find(path).real)
 
     def statfs(self, path: str) -> os.statvfs_result:
         """The filesystem that the store is on."""
         return os.statvfs(self._root)
 
-    def _facts(self, place: _Place) -> dict[str, str]:
+    def _facts(self, place: Place) -> dict[str, str]:
         """The attributes that hydrafs adds to a file."""
         if not stat.S_ISREG(place.stat.st_mode):
             return {}
@@ -272,7 +292,7 @@ class StoreTree:
                 if known
                 else {XATTR_PREFIX + "state": "plain"}
             )
-        trailer = self._trailer(place)
+        trailer = self.trailer(place)
         if trailer is None:
             return {XATTR_PREFIX + "state": "damaged"}
         stored = place.stat.st_size
@@ -285,19 +305,20 @@ class StoreTree:
 
     def listxattr(self, path: str) -> list[str]:
         """The names of a file's attributes: hydrafs' own and those that the file has in the store."""
-        place = self._find(path)
+        place = self.find(path)
         names = list(self._facts(place))
         if place.is_diff:
             names.append(XATTR_PREFIX + "parents")
         with contextlib.suppress(OSError):
-            names += [n for n in os.listxattr(place.real, follow_symlinks=False) if n not in names]
+            found = os.listxattr(place.real, follow_symlinks=place.departed is not None)
+            names += [n for n in found if n not in names and n != XATTR_ATTRIBUTES]
         return names
 
     def getxattr(self, path: str, name: str) -> bytes:
         """The value of an attribute; ``OSError(ENODATA)`` where there is none."""
-        place = self._find(path)
+        place = self.find(path)
         if name == XATTR_PATH:
-            return os.fsencode(place.real)
+            return os.fsencode(place.real.removesuffix("/."))
         if name == XATTR_PREFIX + "parents" and place.is_diff:
             with DiffFile(place.real) as diff:
                 return "\n".join(f"{p.sha256.hex()} {p.name}" for p in diff.manifest.parents).encode(
@@ -307,8 +328,10 @@ class StoreTree:
             value = self._facts(place).get(name)
             if value is not None:
                 return value.encode("utf-8", "surrogateescape")
+        if name == XATTR_ATTRIBUTES:
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), path)
         try:
-            return os.getxattr(place.real, name, follow_symlinks=False)
+            return os.getxattr(place.real, name, follow_symlinks=place.departed is not None)
         except OSError as error:
             # A store on a filesystem without attributes has none; that is no reason to fail a copy.
             raise OSError(
@@ -324,44 +347,47 @@ class StoreTree:
             OSError: EROFS for writing; EBUSY and ESTALE as ``Names.claim`` has them.
             HydraError: it cannot be served; the log says why and what to do.
         """
-        if flags & _WRITING:
+        if flags & WRITING:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-        place = self._find(path)
-        source: FileSource | Rehydrated
+        return self.open_place(path, self.find(path))
+
+    def open_place(self, path: str, place: Place) -> OpenFile:
+        """Open what was found for reading; see ``open``."""
+        source: PlainFile | Rehydrated
         try:
-            source = self.opener.open_diff(Path(place.real)) if place.is_diff else FileSource(place.real)
+            if place.is_diff:
+                source = self.opener.open_diff(Path(place.real))
+            else:
+                source = PlainFile.open(place.real, os.O_RDONLY)
         except HydraError as error:
             log_once(log, error, "cannot open %s: %s", path, error)
             raise
-        try:
-            return self._opened(path, place, source)
-        except BaseException:
-            source.close()
-            raise
+        return self.opened(path, source)
 
-    def _opened(self, path: str, place: _Place, source: FileSource | Rehydrated) -> OpenFile:
-        identify: Callable[[], Hashable]
-        if isinstance(source, Rehydrated):
-            place = _Place(place.real, True, source.diff.stat)
-            attributes = _model_attributes(source.diff.stat, source.diff.trailer)
-            digest = source.manifest.sha256
-            identify = lambda: digest  # noqa: E731
-        else:
-            place = _Place(place.real, False, source.stat)
-            attributes = _plain_attributes(source.stat)
-            identity = FileIdentity.of(source.stat)
-            real = Path(place.real)
-            identify = lambda: self.store.catalog.sha256(real, identity) or identity  # noqa: E731
+    def opened(self, path: str, source: PlainFile | Rehydrated, *, writes: bool = False) -> OpenFile:
+        """``source`` as an open file of the mount; it is closed where that fails."""
         try:
-            return OpenFile(self, path, place, source, attributes, identify)
-        except OSError as error:
-            if error.errno == errno.EBUSY:
+            return OpenFile(
+                self.names, self.store.catalog, self.pool, path, source, writes=writes, on_close=self.closed
+            )
+        except BaseException as error:
+            source.close()
+            if isinstance(error, OSError) and error.errno == errno.EBUSY:
                 log.error("cannot open %s: another file of this name is still open; close it first", path)
             raise
 
+    def closed(self, file: OpenFile) -> None:
+        """An open file of this tree was closed."""
 
-def _version(place: _Place, size: int) -> Version:
-    return Version(place.stat.st_dev, place.stat.st_ino, place.is_diff, size)
+
+def _plain_at(real: str) -> os.stat_result | None:
+    """What stands at ``real`` under its own name. A diff does not; a folder may be called anything."""
+    try:
+        found = os.lstat(real)
+    except FileNotFoundError:
+        return None
+    name = real.rsplit("/", 1)[-1]
+    return found if listed_name(name) == name or not stat.S_ISREG(found.st_mode) else None
 
 
 def _type_of(entry: os.DirEntry[str]) -> int:
@@ -375,35 +401,3 @@ def _type_of(entry: os.DirEntry[str]) -> int:
         return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
     except OSError:
         return stat.S_IFREG
-
-
-def _plain_attributes(s: os.stat_result, mtime_ns: int | None = None) -> Attributes:
-    return Attributes(
-        s.st_mode,
-        s.st_nlink,
-        s.st_uid,
-        s.st_gid,
-        s.st_size,
-        s.st_ino,
-        s.st_atime_ns,
-        s.st_mtime_ns if mtime_ns is None else mtime_ns,
-        s.st_ctime_ns,
-        s.st_blocks,
-    )
-
-
-def _model_attributes(s: os.stat_result, trailer: Trailer) -> Attributes:
-    # The blocks are those of a file without holes: programs take fewer for a sparse file and copy it another way.
-    mode = stat.S_IFREG | (trailer.mode & 0o7777)
-    return Attributes(
-        mode,
-        1,
-        s.st_uid,
-        s.st_gid,
-        trailer.size,
-        s.st_ino,
-        s.st_atime_ns,
-        trailer.mtime_ns,
-        s.st_ctime_ns,
-        -(-trailer.size // 512),
-    )

@@ -22,6 +22,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,6 +178,10 @@ class Filled:
     @property
     def sha256(self) -> bytes:
         return hashlib.sha256(self.data).digest()
+
+    def let_go(self) -> None:
+        """Nothing holds the base any more but its name."""
+        shutil.rmtree(self.root / ".hydrafs" / "held", ignore_errors=True)
 
     def dehydrate(self, options: Options | None = None) -> Outcome:
         with contextlib.closing(Store(self.root, create=True)) as opened:

@@ -222,6 +222,7 @@ def test_verify_names_what_is_bad(run: Run, models: ModelMaker, dehydrated: Fill
     facts = run("verify", "--json", dehydrated.root)
     assert facts.code == 1
     assert [m["error"] for m in facts.json["models"] if not m["ok"]] == ["CorruptChunk"]
+    dehydrated.let_go()
     dehydrated.base.unlink()
     assert {m["error"] for m in run("verify", "--json", dehydrated.root).json["models"]} == {"ParentMissing"}
 

@@ -759,6 +759,7 @@ def count_steps(filled: Filled) -> int:
 
 
 def put_back(filled: Filled) -> None:
+    filled.let_go()
     with contextlib.suppress(FileNotFoundError):
         filled.diff.unlink()
     if not filled.tuned.exists():
@@ -874,6 +875,7 @@ def test_rehydrating_to_a_full_disk(filled: Filled, small_disk: Path, monkeypatc
 def test_a_missing_base_is_named_at_open(filled: Filled) -> None:
     sha256 = hashlib.sha256(filled.base.read_bytes()).hexdigest()
     filled.dehydrate()
+    filled.let_go()
     filled.base.rename(filled.root.parent / "gone")
     with pytest.raises(ParentMissing) as caught:
         content(filled.root, filled.tuned)

@@ -596,6 +596,7 @@ def test_parents_that_multiply_are_refused_in_bounded_time(store: Path) -> None:
 def test_a_parent_that_claims_a_sha256_is_not_believed(filled: Filled) -> None:
     """The base was replaced by a diff that says it is the base, and holds other bytes: sound checksums, wrong model."""
     filled.dehydrate()
+    filled.let_go()
     original = filled.base.read_bytes()
     sha256 = hashlib.sha256(original).digest()
     filled.base.unlink()

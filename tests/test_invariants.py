@@ -211,6 +211,7 @@ class TestRefusedAtOpen:
         self, models: ModelMaker, filled: Filled, caplog: pytest.LogCaptureFixture, what: str
     ) -> None:
         filled.dehydrate()
+        filled.let_go()
         base, content = filled.base, filled.base.read_bytes()
         digest, times = hashlib.sha256(content).hexdigest(), filled.base.stat()
         base.unlink()

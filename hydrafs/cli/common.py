@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from hydrafs.covered import cover, keep_catalogs_in, shown
 from hydrafs.errors import NotFound, UsageError, printable
 from hydrafs.mountpoints import our_mounts, resolve
 from hydrafs.service.control import ask, runtime_folders
@@ -30,10 +31,35 @@ jobs_option = click.option(
 def real_path(path: str | os.PathLike[str]) -> Path:
     """Where ``path`` stands in the store, if it is inside a mount of ours; else itself."""
     absolute = Path(os.path.abspath(Path(path).expanduser()))
-    if any(absolute.is_relative_to(m.mountpoint) for m in our_mounts()):
-        with contextlib.suppress(OSError):
-            return Path(os.fsdecode(os.getxattr(absolute, _XATTR_PATH)))
+    resolved = Path(os.path.realpath(absolute.parent)) / absolute.name
+    for mount in our_mounts():
+        for name in (absolute, resolved):
+            if name.is_relative_to(mount.mountpoint):
+                return _in_store(name, mount.mountpoint) or absolute
     return absolute
+
+
+def _in_store(path: Path, mountpoint: Path) -> Path | None:
+    """Where a path in the mount at ``mountpoint`` stands; of one that is not there, where it would."""
+    rest: list[str] = []
+    while True:
+        with contextlib.suppress(OSError):
+            found = os.fsdecode(os.getxattr(path, _XATTR_PATH))
+            root = os.fsdecode(os.getxattr(mountpoint, _XATTR_PATH))
+            if root.startswith("/proc/"):
+                cover(root, os.fspath(mountpoint))
+                keep_catalogs_in(catalogs())
+            return Path(found, *rest)
+        if path == mountpoint:
+            return None
+        rest.insert(0, path.name)
+        path = path.parent
+
+
+def catalogs() -> Path:
+    """The folder for catalogs of stores that are mounted over themselves."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(cache) / "hydrafs"
 
 
 def open_store(folder: str | os.PathLike[str], *, create: bool = False) -> Store:
@@ -84,7 +110,7 @@ def percent(part: float, whole: float) -> str:
 
 def print_json(facts: object) -> None:
     """Facts for programs, on stdout."""
-    json.dump(facts, sys.stdout, indent=2, default=str)
+    sys.stdout.write(shown(json.dumps(facts, indent=2, default=str)))
     sys.stdout.write("\n")
 
 
@@ -153,16 +179,22 @@ class _JsonLines(logging.Formatter):
         }
         if record.exc_info:
             facts["exception"] = self.formatException(record.exc_info)
-        return json.dumps(facts)
+        return shown(json.dumps(facts))
 
 
 def log_to_stderr(level: int = logging.WARNING, *, with_time: bool = False, as_json: bool = False) -> None:
     """Let the rooms' log lines be seen by whoever runs a command or a service in the foreground."""
     stamp = "%(asctime)s " if with_time else ""
-    logging.basicConfig(level=level, format=stamp + "hydrafs: %(levelname)s: %(message)s", stream=sys.stderr)
-    if as_json:
-        for handler in logging.getLogger().handlers:
-            handler.setFormatter(_JsonLines())
+    logging.basicConfig(level=level, stream=sys.stderr)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_JsonLines() if as_json else _Named(stamp + "hydrafs: %(levelname)s: %(message)s"))
+
+
+class _Named(logging.Formatter):
+    """Names the files of a store that is mounted over itself as people know them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
 
 
 def mounts_of(mountpoint: str | os.PathLike[str] | None) -> list[Path]:

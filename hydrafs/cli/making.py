@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hydrafs import containers
+from hydrafs import containers, covered
 from hydrafs.cache import ChunkCache
 from hydrafs.cli.common import (
     default_jobs,
@@ -123,7 +123,7 @@ def write(
         target = _place(virtual)
         with contextlib.closing(Store(find_root(target.parent) or target.parent, create=True)) as store:
             for other, entry in models:
-                store.add_base_folder(other.root if entry.is_diff else entry.path.resolve().parent)
+                store.add_base_folder(other.root if entry.is_diff else covered.real_path(entry.path).parent)
             entries = [entry for _, entry in models]
             with _stages("making") as progress:
                 made = make_virtual(store, recipe, entries, target, jobs=default_jobs(jobs), progress=progress)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import click
 
-from hydrafs.cli.common import log_to_stderr, open_store, parse_nbytes
-from hydrafs.errors import UsageError
+from hydrafs.cli.common import catalogs, log_to_stderr, open_store, parse_nbytes
+from hydrafs.covered import keep_catalogs_in
 from hydrafs.mounting import mount, parse_options
-from hydrafs.mountpoints import MountInfo, resolve
+from hydrafs.mountpoints import MountInfo, check_mountpoint, clear_stale, resolve
 from hydrafs.service.control import runtime_folders
 from hydrafs.service.metrics import parse_address
 from hydrafs.service.running import Served, Settings
@@ -63,7 +63,7 @@ def _default_log(private: Path) -> str | None:
 @click.command("mount", short_help="Show a store as full files.")
 @click.argument("store", metavar="STORE")
 @click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
-@click.option("--read-only", is_flag=True, help="Let nothing be written (so far the only way there is).")
+@click.option("--read-only", is_flag=True, help="Let nothing be written.")
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground and log to the terminal.")
 @click.option(
     "--cache-size", default=None, metavar="SIZE", help=f"Decoded tensors to keep [default: {_DEFAULT_CACHE}]."
@@ -87,32 +87,32 @@ def command(
     metrics_address: str | None,
     warm: bool,
 ) -> None:
-    """Show STORE at MOUNTPOINT, each diff as the full file that it stands for.
+    """Show STORE at MOUNTPOINT, each diff as the full file that it stands for; without MOUNTPOINT, over STORE itself.
 
     Returns when the mount answers; with --foreground, when it is taken down.
     """
-    if mountpoint is None:
-        raise UsageError(
-            "a mountpoint is needed",
-            where=store,
-            detail="mounting over the store itself is not there yet",
-            remedy="name an empty folder: hydrafs mount STORE MOUNTPOINT",
-        )
-    parsed = parse_options(",".join(options))
-    with contextlib.closing(open_store(store)) as opened:
-        root, folders = opened.root, opened.base_folders
-        private = opened.private
-    nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
     level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
     as_json = log_format == "json"
     log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True, as_json=as_json)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_Repeats())
+    point = resolve(mountpoint if mountpoint is not None else Path(store).expanduser())
+    if mountpoint is None:
+        # Before the store is looked at: that would be looking at what is mounted there now.
+        clear_stale(point)
+        check_mountpoint(point, nonempty=True)
+    parsed = parse_options(",".join([*options, *(["ro"] if read_only else [])]))
+    with contextlib.closing(open_store(store)) as opened:
+        root, folders = opened.root, opened.base_folders
+        private = opened.private
+    nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
     log_path = log_file
     if log_path is None and not foreground:
         log_path = _default_log(private)
 
-    point = resolve(mountpoint)
+    in_place = point == root
+    if in_place:
+        keep_catalogs_in(catalogs())
     notify = os.environ.get("NOTIFY_SOCKET", "")
     settings = Settings(
         runtime_folders=runtime_folders(os.geteuid(), os.environ.get("XDG_RUNTIME_DIR", "")),
@@ -126,9 +126,11 @@ def command(
     def make_tree() -> Served:
         from hydrafs.allocator import tune_allocator  # noqa: PLC0415 - in the process that serves
         from hydrafs.vfs import StoreTree  # noqa: PLC0415
+        from hydrafs.writing import WritableTree  # noqa: PLC0415
 
         tune_allocator()
-        served.append(Served(StoreTree(root, nbytes, point), point, settings))
+        tree = (StoreTree if parsed.read_only else WritableTree)(root, nbytes, point)
+        served.append(Served(tree, point, settings))
         return served[0]
 
     def ready(found: MountInfo) -> None:
@@ -147,8 +149,9 @@ def command(
 
     mount(
         make_tree,
-        mountpoint,
-        store_paths=[root, *folders],
+        point,
+        store_paths=[root, *folders, *([catalogs()] if in_place else [])],
+        over_store=in_place,
         options=parsed,
         foreground=foreground,
         binding=os.environ.get("HYDRAFS_FUSE") or None,

@@ -1,0 +1,254 @@
+"""Open files of a mount: plain ones, read and written, and diffs read as their models.
+
+Rule 1: an open file goes on as it was opened, whatever becomes of its name.
+Rule 2: only plain files are written to. A model that is opened for writing is a plain file by then, and who had it
+        open goes on with that file (``become``): it is one file to the kernel, with one set of pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import os
+import stat
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydrafs.attributes import Attributes
+from hydrafs.coherence import Claim, Version
+from hydrafs.diff import Trailer, read_trailer
+from hydrafs.errors import HydraError, log_once
+from hydrafs.identity import FileIdentity
+from hydrafs.readahead import Reader
+from hydrafs.rehydrate import Rehydrated
+
+if TYPE_CHECKING:
+    from hydrafs.catalog import Catalog
+    from hydrafs.coherence import Names
+    from hydrafs.readahead import DecodePool
+
+log = logging.getLogger("hydrafs.vfs")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def plain_attributes(s: os.stat_result, mtime_ns: int | None = None) -> Attributes:
+    """What a file of the store is as itself; ``mtime_ns`` is shown for its own where it is given."""
+    return Attributes(
+        s.st_mode,
+        s.st_nlink,
+        s.st_uid,
+        s.st_gid,
+        s.st_size,
+        s.st_ino,
+        s.st_atime_ns,
+        s.st_mtime_ns if mtime_ns is None else mtime_ns,
+        s.st_ctime_ns,
+        s.st_blocks,
+        s.st_rdev,
+    )
+
+
+def model_attributes(s: os.stat_result, trailer: Trailer) -> Attributes:
+    """What a diff is as the model that it stands for."""
+    # The blocks are those of a file without holes: programs take fewer for a sparse file and copy it another way.
+    mode = stat.S_IFREG | (trailer.mode & 0o7777)
+    return Attributes(
+        mode,
+        1,
+        s.st_uid,
+        s.st_gid,
+        trailer.size,
+        s.st_ino,
+        s.st_atime_ns,
+        trailer.mtime_ns,
+        s.st_ctime_ns,
+        -(-trailer.size // 512),
+    )
+
+
+class PlainFile:
+    """A file of the store, opened with ``flags``. Thread safety: all but ``close``."""
+
+    def __init__(self, path: str, fd: int, flags: int) -> None:
+        self.path, self.fd, self.flags = path, fd, flags
+        self.stat = os.fstat(fd)
+
+    @classmethod
+    def open(cls, path: str, flags: int) -> PlainFile:
+        """Open ``path``; fails as open(2)."""
+        return cls(path, os.open(path, flags | os.O_CLOEXEC), flags)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+
+
+class OpenFile:
+    """An open file of the mount. Thread safety: any number of readers and writers."""
+
+    def __init__(
+        self,
+        names: Names,
+        catalog: Catalog,
+        pool: DecodePool,
+        path: str,
+        source: PlainFile | Rehydrated,
+        *,
+        writes: bool = False,
+        on_close: Callable[[OpenFile], None] | None = None,
+    ) -> None:
+        self._names, self._catalog, self._pool = names, catalog, pool
+        self._on_close = on_close
+        self._past: list[PlainFile | Rehydrated] = []
+        self._lock = threading.Lock()
+        self._closed = False
+        self._source = source
+        self._reader = Reader(source, pool) if isinstance(source, Rehydrated) else None
+        self._claim: Claim = names.claim(
+            path, self._version(), self._identity(), self.attributes, writes=writes, holder=self
+        )
+        self.keep_cache = self._claim.keep_cache
+
+    @property
+    def path(self) -> str:
+        """The name that the file has, or had when it was deleted."""
+        return self._claim.path
+
+    @property
+    def source(self) -> PlainFile | Rehydrated:
+        """What is read from."""
+        return self._source
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the file in the store: the plain file, or the diff."""
+        source = self._source
+        return source.fd if isinstance(source, PlainFile) else source.diff.fd
+
+    def _version(self) -> Version:
+        s = os.fstat(self.fd)
+        is_diff = isinstance(self._source, Rehydrated)
+        return Version(s.st_dev, s.st_ino, is_diff, self._source.size if is_diff else s.st_size)  # type: ignore[union-attr]
+
+    def _identity(self) -> Callable[[], Hashable]:
+        source = self._source
+        if isinstance(source, Rehydrated):
+            digest = source.manifest.sha256
+            return lambda: digest
+        identity, real, catalog = FileIdentity.of(os.fstat(source.fd)), Path(source.path), self._catalog
+
+        def identify() -> Hashable:
+            return catalog.sha256(real, identity) or identity
+
+        return identify
+
+    def pread_into(self, offset: int, out: memoryview) -> int:
+        """Fill ``out`` from ``offset``; less than asked only at the end of the file."""
+        self._names.used(self._claim)
+        with self._lock:
+            source, reader = self._source, self._reader
+        if reader is None:
+            assert isinstance(source, PlainFile)
+            try:
+                return os.preadv(source.fd, [out], offset)
+            except OSError as error:
+                log_once(log, error, "cannot read %s: %s", source.path, error)
+                raise
+        try:
+            return reader.pread_into(offset, out)
+        except HydraError as error:
+            log_once(log, error, "cannot read %s: %s", self.path, error)
+            raise
+
+    def stat(self) -> os.stat_result:
+        """What the file in the store is; ``OSError(ESTALE)`` once it is closed."""
+        with self._lock:
+            if self._closed:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
+            return os.fstat(self.fd)
+
+    def _writable_fd(self) -> int:
+        source = self._source
+        if not isinstance(source, PlainFile) or source.flags & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
+        return source.fd
+
+    def pwrite(self, offset: int, data: memoryview) -> int:
+        """Write all of ``data`` at ``offset``; less only where the disk is full, or something fails, midway."""
+        fd = self._writable_fd()
+        done = os.pwrite(fd, data, offset)
+        while done < len(data):
+            try:
+                more = os.pwrite(fd, data[done:], offset + done)
+            except OSError:
+                break  # what was written is told; who goes on writing gets the error
+            if more == 0:
+                break
+            done += more
+        return done
+
+    def truncate(self, size: int) -> None:
+        """Make the file ``size`` bytes long."""
+        os.ftruncate(self._writable_fd(), size)
+
+    def allocate(self, mode: int, offset: int, nbytes: int) -> None:
+        """fallocate(2)."""
+        if _libc.fallocate(self._writable_fd(), mode, offset, nbytes) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), self.path)
+
+    def sync(self, *, data_only: bool) -> None:
+        """fsync(2) or fdatasync(2)."""
+        (os.fdatasync if data_only else os.fsync)(self.fd)
+
+    def flush(self) -> None:
+        """A descriptor of this open was closed: the kernel's idea of the size is the file's from here on."""
+        if self._claim.writes:
+            self._names.told(self.path, self._version())
+
+    def attributes(self) -> Attributes:
+        """What ``fstat`` says: of a plain file as it is now, of a model as it was opened, or set since."""
+        with self._lock:
+            return self._attributes()
+
+    def _attributes(self) -> Attributes:
+        source = self._source
+        if self._closed:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
+        if isinstance(source, PlainFile):
+            return plain_attributes(os.fstat(source.fd))
+        then = source.diff.trailer
+        with contextlib.suppress(HydraError):
+            now = read_trailer(source.diff.fd, source.diff.path)
+            if now.sha256 == then.sha256 and (now.mode, now.mtime_ns) != (then.mode, then.mtime_ns):
+                return model_attributes(os.fstat(source.diff.fd), now)
+        return model_attributes(source.diff.stat, then)
+
+    def become(self, real: str) -> None:
+        """Go on as the plain file at ``real``, which has taken the place of what was opened.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        flags = self._source.flags if isinstance(self._source, PlainFile) else os.O_RDONLY
+        source = PlainFile.open(real, flags)
+        with self._lock:
+            self._past.append(self._source)
+            self._source, self._reader = source, None
+        self._names.rebase(self._claim, self._version(), self._identity())
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._names.release(self._claim)
+        if self._on_close is not None:
+            self._on_close(self)
+        with self._lock:
+            self._closed = True
+        for source in (*self._past, self._source):
+            source.close()

@@ -1,0 +1,433 @@
+"""The tree of a mount that can be written to: what passes through to the store, and what becomes of models.
+
+Goal: a local filesystem, of which some files happen to be dehydrated.
+Rule 1: a dehydrated model is renamed and deleted as its diff. Written to, it becomes a plain file first.
+Rule 2: a plain file wins over its diff, so one rename(2) takes a model from the one to the other; the diff goes after.
+        Whatever is killed when, one of them has the name.
+Rule 3: nothing is done to a file that others need before ``hydrafs.keeping`` has been asked.
+Rule 4: names that hydrafs keeps for itself are not made: EPERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import stat
+import threading
+import time
+from pathlib import Path
+
+from hydrafs.departing import Departed, is_hidden_name
+from hydrafs.diff import SUFFIX
+from hydrafs.errors import HydraError
+from hydrafs.handles import OpenFile, PlainFile
+from hydrafs.keeping import before_overwrite, remove_diff, remove_model, rename_model
+from hydrafs.restore import carry_over, change_attributes, rehydrate
+from hydrafs.store import ModelEntry, TemporaryFile, fsync_folder, is_private
+from hydrafs.vfs import XATTR_PREFIX, XATTR_SHA256, Place, StoreTree
+
+log = logging.getLogger("hydrafs.vfs")
+
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
+UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
+_AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
+_KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
+"""Of an open(2): the kernel does the rest, or has done it."""
+_LOCK_SECONDS = 2.0
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_Times = ctypes.c_long * 4
+Owner = tuple[int, int]
+
+
+class WritableTree(StoreTree):
+    """A store as a tree that can be written to (``hydrafs.fuse.WritableTree``).
+
+    Thread safety: all but ``start`` and ``stop``; changes of one folder are made one at a time, as the kernel has it.
+    """
+
+    read_only = False
+
+    def start(self) -> None:
+        """See ``StoreTree.start``."""
+        self.departed = Departed()
+        self._copying = threading.Lock()
+        super().start()
+
+    def stop(self) -> None:
+        """See ``StoreTree.stop``."""
+        self.departed.end()
+        super().stop()
+
+    # Names
+
+    def find(self, path: str) -> Place:
+        """See ``StoreTree.find``; a name that libfuse made up is the open file that it stands for."""
+        self.departed.settle(path)
+        if is_hidden_name(path):
+            file = self.departed.file(path)
+            if file is not None:
+                real, found = f"/proc/self/fd/{file.fd}", file.stat()
+                return Place(real, not isinstance(file.source, PlainFile), found, real, file)
+            if self.departed.was(path):
+                # Looked up before it was replaced, and not yet opened: at this the kernel looks up the name again.
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        return super().find(path)
+
+    def _new(self, path: str) -> str:
+        """Where a name is to be made in the store.
+
+        Raises:
+            OSError: EPERM for a name of hydrafs' own, ENOENT in a folder of its own.
+        """
+        self.departed.settle(path)
+        folder, _, name = path.rpartition("/")
+        if any(is_private(part) for part in folder.split("/")):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if is_private(name) or (name.endswith(SUFFIX) and name != SUFFIX):
+            raise OSError(errno.EPERM, "a name that hydrafs keeps for itself", path)
+        return self.real(path)
+
+    def _free(self, path: str) -> str:
+        """``_new`` for a name that must not be there yet, dehydrated or not."""
+        real = self._new(path)
+        with contextlib.suppress(FileNotFoundError):
+            self.find(path)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        return real
+
+    def _made(self, real: str, mode: int, owner: Owner | None) -> None:
+        """Give what was made the mode that was asked for, whatever our umask, and the owner who asked."""
+        found = os.lstat(real)
+        if owner is not None and os.geteuid() == 0 and owner != (0, 0):
+            inherited = os.stat(os.path.dirname(real)).st_mode & stat.S_ISGID
+            os.lchown(real, owner[0], -1 if inherited else owner[1])
+        wanted = mode & 0o7777 | (found.st_mode & stat.S_ISGID)
+        if not stat.S_ISLNK(found.st_mode) and stat.S_IMODE(found.st_mode) != wanted:
+            os.chmod(real, wanted)
+        self.touched(os.path.dirname(real))
+
+    def mkdir(self, path: str, mode: int, owner: Owner | None = None) -> None:
+        """mkdir(2)."""
+        real = self._free(path)
+        os.mkdir(real, mode & 0o7777)
+        self._made(real, mode, owner)
+        self.names.forget(path)
+
+    def mknod(self, path: str, mode: int, owner: Owner | None = None) -> None:
+        """mknod(2), of files, pipes and sockets; the mount is nodev."""
+        real = self._free(path)
+        if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
+        os.mknod(real, mode)
+        self._made(real, mode, owner)
+        self.names.forget(path)
+
+    def symlink(self, target: str, path: str, owner: Owner | None = None) -> None:
+        """symlink(2)."""
+        real = self._free(path)
+        os.symlink(target, real)
+        self._made(real, 0o777, owner)
+        self.names.forget(path)
+
+    def link(self, old: str, new: str) -> None:
+        """link(2); of a dehydrated model, its diff gets the second name."""
+        place, real = self.find(old), self._free(new)
+        if place.departed is not None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), old)
+        os.link(place.real, real + SUFFIX if place.is_diff else real, follow_symlinks=False)
+        self.touched(os.path.dirname(real))
+        self.names.forget(new)
+
+    def unlink(self, path: str) -> None:
+        """unlink(2); a model that others need is kept for them, out of sight."""
+        if is_hidden_name(path) and not os.path.lexists(self.real(path)):
+            return  # the file was closed: with it goes what the name stood for
+        place = self.find(path)
+        self._delete(place)
+        self.names.forget(path)
+
+    def _delete(self, place: Place) -> None:
+        if place.is_diff or stat.S_ISREG(place.stat.st_mode):
+            remove_model(self.store, Path(place.listed))
+        else:
+            os.unlink(place.real)
+        self.touched(os.path.dirname(place.real))
+
+    def rmdir(self, path: str) -> None:
+        """rmdir(2); temporary files that a crash left in the folder are no obstacle."""
+        real = self.find(path).real
+        try:
+            os.rmdir(real)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or self.members(real) or not self.store.remove_leftovers(Path(real)):
+                raise
+            os.rmdir(real)
+        self.touched(os.path.dirname(real))
+        self.names.forget(path)
+
+    def rename(self, old: str, new: str, flags: int = 0) -> None:
+        """renameat2(2)."""
+        if is_hidden_name(new) and not os.path.lexists(self.real(new)):
+            self._hide(old, new)
+            return
+        end = self.departed.take_over(new)
+        try:
+            self._rename(old, new, flags)
+        finally:
+            if end is not None:
+                end()
+            self.departed.replaced(new)
+
+    def _hide(self, path: str, hidden: str) -> None:
+        place = self.find(path)
+        # The deletion comes later, when nobody is left to be told that it failed.
+        if not os.access(os.path.dirname(place.real), os.W_OK | os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+        files = [claim.holder for claim in self.names.claims(path)]
+        self.names.move(path, hidden)
+        self.departed.hide(path, hidden, files, lambda: self._delete(place))
+
+    def _rename(self, old: str, new: str, flags: int) -> None:
+        if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), old)
+        if flags & RENAME_EXCHANGE:
+            self._exchange(old, new)
+            return
+        real, place = self._new(new), self.find(old)
+        folder = stat.S_ISDIR(place.stat.st_mode)
+        shown = self.directory_mtime(place) if folder else 0
+        rename_model(self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE)
+        self.names.move(old, new, folder=folder)
+        if folder:
+            self.moved(place.listed, real, shown)
+        self.touched(os.path.dirname(place.real))
+        self.touched(os.path.dirname(real))
+
+    def _exchange(self, one: str, other: str) -> None:
+        for path in (one, other):
+            self._new(path)
+            place = self.find(path)
+            if place.is_diff:  # two names change at once only as two files of one kind
+                self._copy_up(path)
+        first, second = self.find(one).real, self.find(other).real
+        code = _libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
+        if code != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), one)
+        self.names.exchange(one, other)
+        for real in (first, second):
+            self.moved(real, real, None)
+            self.touched(os.path.dirname(real))
+
+    def sync_folder(self, path: str) -> None:
+        """fsync(2) of a folder."""
+        fsync_folder(Path(self.find(path).real))
+
+    # Contents
+
+    def create(self, path: str, flags: int, mode: int, owner: Owner | None = None) -> OpenFile:
+        """open(2) with O_CREAT."""
+        real = self._new(path)
+        try:
+            self.find(path)
+        except FileNotFoundError:
+            pass
+        else:
+            return self.open(path, flags)
+        try:
+            fd = os.open(real, flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o7777)
+        except FileExistsError:
+            return self.open(path, flags)
+        try:
+            self._made(real, mode, owner)
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        self.names.forget(path)
+        return self.opened(path, PlainFile(real, fd, flags & _KEPT_FLAGS), writes=True)
+
+    def open(self, path: str, flags: int) -> OpenFile:
+        """Open a file; a dehydrated model that is opened for writing is a plain file before this returns.
+
+        Raises:
+            OSError: as open(2); EBUSY and ESTALE as ``Names.claim`` has them.
+            HydraError: it cannot be served; the log says why and what to do.
+        """
+        if is_hidden_name(path) and self.departed.was(path) and flags & (os.O_ACCMODE | os.O_TRUNC):
+            # The kernel meant the name that the file had: it looks that up again.
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+        if not flags & (os.O_ACCMODE | os.O_TRUNC):
+            return self.open_place(path, self.find(path))
+        place, fd = self._open_to_write(path, flags & _KEPT_FLAGS, truncate=bool(flags & os.O_TRUNC))
+        return self.opened(path, PlainFile(place.real, fd, flags & _KEPT_FLAGS), writes=True)
+
+    def _open_to_write(self, path: str, flags: int, *, truncate: bool) -> tuple[Place, int]:
+        """A descriptor to write to, of the file that has the name and keeps it: no other process is removing it."""
+        if truncate and flags & os.O_ACCMODE == os.O_RDONLY:
+            flags |= os.O_RDWR  # O_RDONLY | O_TRUNC truncates, on Linux
+        for _ in range(100):
+            place = self.find(path)
+            if place.is_diff:
+                self._copy_up(path, truncate=truncate)
+                continue
+            if stat.S_ISREG(place.stat.st_mode):
+                before_overwrite(self.store, Path(place.real), truncate=truncate)
+                self._follow(path, place)
+            fd = os.open(place.real, flags | os.O_CLOEXEC)
+            try:
+                # Who dehydrates a file holds the exclusive lock while the original goes.
+                if self._lock_shared(fd) and _is_at(fd, place.real):
+                    if truncate and os.fstat(fd).st_size:
+                        os.ftruncate(fd, 0)
+                    return place, fd
+            except BaseException:
+                os.close(fd)
+                raise
+            os.close(fd)
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    def _lock_shared(self, fd: int) -> bool:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return True  # held by somebody for longer than a removal takes: it is not about that
+                time.sleep(0.002)
+            except OSError:
+                return True  # a filesystem without locks
+
+    def _follow(self, path: str, place: Place) -> None:
+        """Where another file has taken the place of the one that is open, under the same name: go on with that."""
+        with contextlib.suppress(FileNotFoundError):
+            now = os.stat(place.listed)
+            for claim in self.names.claims(path):
+                if place.is_diff or not os.path.samestat(now, os.fstat(claim.holder.fd)):
+                    claim.holder.become(place.listed)
+
+    def _copy_up(self, path: str, *, truncate: bool = False) -> None:
+        """Make a dehydrated model a plain file, whole, or empty where it is to be truncated anyway."""
+        with self._copying:
+            place = self.find(path)
+            if not place.is_diff:
+                return
+            listed = Path(place.listed)
+            before_overwrite(self.store, listed, truncate=truncate)
+            if truncate:
+                self._empty(place, listed)
+            else:
+                try:
+                    rehydrate(self.store, ModelEntry(path, Path(place.real), True), listed, carry=True)
+                except HydraError as error:
+                    log.error("cannot make %s a plain file to be written to: %s", path, error)
+                    raise
+            self._follow(path, place)
+            remove_diff(self.store, listed)
+
+    def _empty(self, place: Place, listed: Path) -> None:
+        trailer = self.trailer(place)
+        fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            with TemporaryFile(listed.parent) as temporary:
+                carry_over(fd, temporary.file.fileno())
+                mode = trailer.mode if trailer is not None else place.stat.st_mode
+                os.fchmod(temporary.file.fileno(), mode & 0o7777)
+                temporary.commit(listed)
+        finally:
+            os.close(fd)
+
+    def closed(self, file: OpenFile) -> None:
+        """An open file was closed."""
+        self.departed.closed(file)
+
+    def truncate(self, path: str, size: int) -> None:
+        """truncate(2)."""
+        departed = self.departed.file(path) if is_hidden_name(path) else None
+        if departed is not None:  # by a descriptor, of a file without a name
+            departed.truncate(size)
+            return
+        _, fd = self._open_to_write(path, os.O_WRONLY, truncate=size == 0)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    # Attributes
+
+    def _of_model(self, place: Place) -> tuple[int, int] | None:
+        """Mode and mtime of a dehydrated model; of a damaged diff nothing is recorded but what the file itself has."""
+        trailer = self.trailer(place) if place.is_diff else None
+        return None if trailer is None else (trailer.mode, trailer.mtime_ns)
+
+    def chmod(self, path: str, mode: int) -> None:
+        """chmod(2)."""
+        place = self.find(path)
+        recorded = self._of_model(place)
+        if recorded is None:
+            os.chmod(place.real, mode & 0o7777)
+            return
+        wanted = stat.S_IFREG | (mode & 0o7777)
+        if wanted != recorded[0]:
+            self._record(place, wanted, recorded[1])
+        # Whom the model is hidden from, the diff is hidden from.
+        os.chmod(place.real, mode & 0o666)
+
+    def _record(self, place: Place, mode: int, mtime_ns: int) -> None:
+        change_attributes(Path(place.real), mode=mode, mtime_ns=mtime_ns)
+        self.forget_trailer(place.real)
+
+    def chown(self, path: str, uid: int, gid: int) -> None:
+        """lchown(2)."""
+        place = self.find(path)
+        os.chown(place.real, uid, gid, follow_symlinks=place.departed is not None)
+
+    def utimens(self, path: str, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+        """utimensat(2): seconds and nanoseconds each, or UTIME_NOW or UTIME_OMIT for the nanoseconds."""
+        place = self.find(path)
+        recorded = self._of_model(place)
+        own = mtime
+        if recorded is not None:
+            own = (0, UTIME_OMIT)
+            if mtime[1] != UTIME_OMIT:
+                now = time.clock_gettime_ns(getattr(time, "CLOCK_REALTIME_COARSE", 5))
+                wanted = now if mtime[1] == UTIME_NOW else mtime[0] * 1_000_000_000 + mtime[1]
+                if wanted != recorded[1]:
+                    self._record(place, recorded[0], wanted)
+        flags = 0 if place.departed is not None else _AT_SYMLINK_NOFOLLOW
+        if _libc.utimensat(_AT_FDCWD, os.fsencode(place.real), _Times(*atime, *own), flags) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), path)
+        if stat.S_ISDIR(place.stat.st_mode):
+            self.touched(place.real)
+
+    def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
+        """lsetxattr(2); ENOTSUP for what hydrafs says itself, which copies of attributes pass over."""
+        place = self.find(path)
+        self._check_xattr(path, name)
+        os.setxattr(place.real, name, value, flags, follow_symlinks=place.departed is not None)
+
+    def removexattr(self, path: str, name: str) -> None:
+        """lremovexattr(2)."""
+        place = self.find(path)
+        self._check_xattr(path, name)
+        os.removexattr(place.real, name, follow_symlinks=place.departed is not None)
+
+    def _check_xattr(self, path: str, name: str) -> None:
+        if name == XATTR_SHA256 or name.startswith((XATTR_PREFIX, "system.", "security.")):
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
+
+
+def _is_at(fd: int, path: str) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    return False
