@@ -466,7 +466,13 @@ def _remove(model: Path, source: FileSource, before: FileIdentity, target: Path,
     """
     aside = model.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
-        _unchanged(model, source, before)
+        try:
+            still()
+            _unchanged(model, source, before)
+        except HydraError:
+            if os.path.lexists(model):  # the diff is of what the file was: nobody wants that behind the file
+                target.unlink()
+            raise
         model.rename(aside)
         try:
             now = os.fstat(source.fd)

@@ -29,11 +29,12 @@ from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, Protected
 from hydrafs.identity import FileIdentity, probe
 from hydrafs.layout import FileSource
+from hydrafs.manifest import Parent
 from hydrafs.needs import Need, needs
 from hydrafs.store import TEMPORARY, Store, TemporaryFile, fsync_folder, looks_like_model, trailer_of
 
-__all__ = ["KeptLinks", "before_overwrite", "hold", "is_proven", "let_go", "needed_as", "place_of", "recover",
-           "remove_diff", "remove_model", "rename_model"]  # fmt: skip
+__all__ = ["KeptLinks", "before_overwrite", "hold", "is_parent", "is_proven", "let_go", "needed_as", "place_of",
+           "recover", "remove_diff", "remove_model", "rename_model"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,22 @@ def is_proven(store: Store, path: Path, sha256: bytes) -> bool:
         return store.catalog.sha256(path, FileIdentity.of(os.stat(path))) == sha256
     except OSError:
         return False
+
+
+def is_parent(store: Store, path: Path, parent: Parent) -> bool:
+    """Whether the plain file at ``path`` is that parent, as far as the catalog, or its size and a probe, can tell.
+
+    Raises:
+        HydraError, OSError: it cannot be read.
+    """
+    stat = os.stat(path)
+    if stat.st_size != parent.size:
+        return False
+    known = store.catalog.sha256(path, FileIdentity.of(stat))
+    if known is not None:
+        return known == parent.sha256
+    with FileSource(path) as source:
+        return probe(source) == parent.probe
 
 
 # Holding
@@ -139,7 +156,7 @@ class KeptLinks:
 
     def count(self, stat: os.stat_result) -> int:
         """How many of the links that ``stat`` counts are under ``held`` and ``retired``; no scan while they rest."""
-        if stat.st_nlink < 2 or not stat_module.S_ISREG(stat.st_mode):
+        if stat.st_nlink < 1 or not stat_module.S_ISREG(stat.st_mode):
             return 0
         times = []
         for folder in self._folders:
@@ -190,12 +207,9 @@ def needed_as(store: Store, path: Path, *, is_diff: bool) -> bytes | None:
         with contextlib.suppress(OSError):
             if os.path.samestat(stat, os.lstat(place_of(store.held, parent.sha256, is_diff=False))):
                 return parent.sha256
-    try:
-        with FileSource(path) as source:
-            found_probe = probe(source)
-    except HydraError:
-        return None
-    return next((parent.sha256 for parent in alike if parent.probe == found_probe), None)
+    with contextlib.suppress(HydraError):
+        return next((parent.sha256 for parent in alike if is_parent(store, path, parent)), None)
+    return None
 
 
 def _may_be_needed(store: Store, path: Path, stat: os.stat_result) -> bool:

@@ -21,7 +21,7 @@ from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX, DiffFile
 from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable
 from hydrafs.identity import FileIdentity, probe, sha256
-from hydrafs.keeping import place_of
+from hydrafs.keeping import is_parent, place_of
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
@@ -41,11 +41,15 @@ class Opener:
     """Opens the models of one store. Thread safety: any number of threads.
 
     ``background`` says whether large parents of unknown SHA-256 are hashed by a thread of the opener's own; a command
-    that reads everything anyway does without.
+    that reads everything anyway does without. ``without``: files that are not to serve as parents, to see whether
+    others would do.
     """
 
-    def __init__(self, store: Store, cache: ChunkCache, *, background: bool = False) -> None:
+    def __init__(
+        self, store: Store, cache: ChunkCache, *, background: bool = False, without: frozenset[Path] = frozenset()
+    ) -> None:
         self.store = store
+        self._without = without
         self.cache = cache
         self._hasher = ThreadPoolExecutor(1, "hydrafs-proof") if background else None
         self._closed = False
@@ -175,6 +179,18 @@ class Opener:
             source, lambda: self._is_proven(path, identity, parent.sha256) and _is_untouched(source), parent.name
         )
 
+    def find(self, parent: Parent) -> Path | None:
+        """Where the parent stands, as far as its size and a probe, or what the catalog knows, can tell; hashes nothing
+        that is large."""
+        for path in self._candidates(parent):
+            with contextlib.suppress(HydraError, OSError):
+                if path.name.endswith(SUFFIX):
+                    if trailer_of(path).sha256 == parent.sha256:
+                        return path
+                elif is_parent(self.store, path, parent):
+                    return path
+        return None
+
     # Proof of large parents
 
     def _is_disproved(self, path: Path, identity: FileIdentity, digest: bytes) -> bool:
@@ -224,7 +240,7 @@ class Opener:
     def _candidates(self, parent: Parent) -> Iterator[Path]:
         seen: set[Path] = set()
         for path in self._places(parent):
-            if path not in seen:
+            if path not in seen and path not in self._without:
                 seen.add(path)
                 # Not even a stat of what is in the mount that is being served: its answer is ours to give.
                 if not self.store.is_off_limits(path) and os.path.isfile(

@@ -234,6 +234,8 @@ def test_bases(run: Run, dehydrated: Filled, tmp_path: Path) -> None:
     assert base["sha256"] == hashlib.sha256(dehydrated.base.read_bytes()).hexdigest()
     assert good(run("bases", dehydrated.root)).out.splitlines()[1].split("\t")[3] == "tuned.safetensors"
     dehydrated.base.unlink()
+    assert [b["state"] for b in good(run("bases", "--json", dehydrated.root)).json["bases"]] == ["held"]
+    dehydrated.let_go()
     assert [b["state"] for b in good(run("bases", "--json", dehydrated.root)).json["bases"]] == ["missing"]
 
 

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import click
 
-from hydrafs.cli.common import human, json_option, open_store, print_json, print_table, say
+from hydrafs import keeping, tending
+from hydrafs.cli.common import (
+    human,
+    json_option,
+    open_store,
+    print_json,
+    print_table,
+    real_path,
+    say,
+    tell_unheld,
+)
 from hydrafs.diff import DiffFile
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, NotFound, UsageError
 from hydrafs.identity import FileIdentity
+from hydrafs.store import Store
 
 
 @click.command("bases", short_help="What can serve as a base, and who depends on it.")
 @click.argument("store", metavar="STORE")
+@click.option("--pin", multiple=True, metavar="PATH", help="Keep this model whole: it is never dehydrated.")
+@click.option("--unpin", multiple=True, metavar="PATH", help="Let this model be dehydrated again.")
 @json_option
-def command(store: str, as_json: bool) -> None:
+def command(store: str, pin: tuple[str, ...], unpin: tuple[str, ...], as_json: bool) -> None:
     """List the full models of STORE and of its base folders, and the diffs that need each.
 
-    A parent that is a diff itself is listed too, and one that is missing is named as such.
+    A parent that is a diff itself is listed too; so is one that was removed and is kept for others (retired), one whose
+    name went behind hydrafs' back (held), and one that is missing.
     """
-    with contextlib.closing(open_store(store)) as opened:
+    with contextlib.closing(open_store(store, create=bool(pin or unpin))) as opened:
+        if pin or unpin:
+            _pin(opened, pin, unpin)
+        unheld = [n.parent.name for n in tending.hold_parents(opened)] if os.access(opened.root, os.W_OK) else []
         needed: dict[str, tuple[str, int, list[str]]] = {}
         diffs: dict[str, str] = {}
         plain: list[tuple[str, Path, int]] = []
@@ -47,10 +65,11 @@ def command(store: str, as_json: bool) -> None:
                 alike = [d for d, (n, s, _) in needed.items() if s == size and Path(n).name == path.name]
                 digest, dependents = (alike[0], needed[alike[0]][2]) if alike else ("", [])
             met.add(digest)
-            facts.append({"name": name, "state": "plain", "size": size, "sha256": digest, "dependents": dependents})
+            state = "pinned" if name in opened.pinned else "plain"
+            facts.append({"name": name, "state": state, "size": size, "sha256": digest, "dependents": dependents})
         for digest, (name, size, dependents) in needed.items():
             if digest not in met:
-                state = "dehydrated" if digest in diffs else "missing"
+                state = "dehydrated" if digest in diffs else _kept(opened, bytes.fromhex(digest))
                 facts.append(
                     {
                         "name": diffs.get(digest, name), "state": state, "size": size, "sha256": digest,
@@ -59,12 +78,37 @@ def command(store: str, as_json: bool) -> None:
                 )  # fmt: skip
         folders = [str(f) for f in opened.base_folders]
     if as_json:
-        print_json({"bases": facts, "base_folders": folders})
+        print_json({"bases": facts, "base_folders": folders, "unheld": unheld})
         return
     rows = [[str(f["name"]), str(f["state"]), human(float(str(f["size"]))), _shown(f["dependents"])] for f in facts]
     print_table(["base", "state", "size", "needed by"], rows, right=(2,))
     for name in folders:
         say(f"base folder: {name}")
+    tell_unheld(unheld)
+
+
+def _kept(store: Store, sha256: bytes) -> str:
+    for folder in (store.retired, store.held):
+        if any(keeping.place_of(folder, sha256, is_diff=is_diff).exists() for is_diff in (False, True)):
+            return folder.name
+    return "missing"
+
+
+def _pin(store: Store, pin: tuple[str, ...], unpin: tuple[str, ...]) -> None:
+    names = []
+    for given in pin:
+        entry = store.locate(real_path(given) if os.path.lexists(given) else given)
+        if entry.is_diff:
+            raise UsageError(
+                "a dehydrated model cannot be kept whole",
+                where=given,
+                remedy=f"hydrafs rehydrate {entry.path} writes it as a full file, and that can be pinned",
+            )
+        names.append(entry.name)
+    gone = [name for given in unpin for name in (given, store.relative(real_path(given))) if name in store.pinned]
+    if len(gone) < len(unpin):
+        raise NotFound("not pinned", where=", ".join(unpin), remedy="hydrafs bases lists what is")
+    store.pin(names, unpin=gone)
 
 
 def _shown(dependents: object) -> str:

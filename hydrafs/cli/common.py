@@ -119,6 +119,13 @@ def say(line: str) -> None:
     print(printable(line))
 
 
+def tell_unheld(names: Sequence[str]) -> None:
+    """Warn of parents that only their names keep, on stderr."""
+    for name in names:
+        line = f"hydrafs: warning: {name} is not held: it is missing, or not on the store's filesystem; keep it safe"
+        print(printable(line), file=sys.stderr)
+
+
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
     """A table: drawn on a terminal, tabs between columns in a pipe. ``right``: the columns of numbers."""
     if not sys.stdout.isatty():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import click
 
-from hydrafs import restore
+from hydrafs import restore, tending
 from hydrafs.allocator import tune_allocator
-from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, real_path, say
+from hydrafs.cli.common import find_model, human, json_option, print_json, progress_bar, real_path, say, tell_unheld
 from hydrafs.errors import HydraError, NotFound
 from hydrafs.store import ModelEntry, Store, find_root
 
@@ -27,6 +28,8 @@ def command(targets: tuple[str, ...], as_json: bool) -> int:
     for target in targets:
         store, entries = _entries(target)
         with contextlib.closing(store):
+            if os.access(store.root, os.W_OK) and store.private.is_dir():
+                tell_unheld([need.parent.name for need in tending.hold_parents(store)])
             for entry in entries:
                 result = _check(store, entry)
                 results.append(result)
