@@ -14,7 +14,17 @@ import os
 import re
 from pathlib import Path
 
-__all__ = ["catalog_of", "cover", "is_covered", "keep_catalogs_in", "named", "reached", "real_path", "shown"]
+__all__ = [
+    "catalog_of",
+    "catalogs_folder",
+    "cover",
+    "is_covered",
+    "keep_catalogs_in",
+    "named",
+    "reached",
+    "real_path",
+    "shown",
+]
 
 _DESCRIPTOR = re.compile(r"/proc/(?:self|\d+)/fd/\d+(?!\d)")
 _homes: dict[str, str] = {}
@@ -92,6 +102,11 @@ def real_path(path: str | os.PathLike[str]) -> Path:
 def keep_catalogs_in(folder: Path) -> None:
     """Keep the catalogs of covered stores in ``folder``: SQLite resolves its path, and would end in the mount."""
     _catalogs[:] = [folder]
+
+
+def catalogs_folder() -> Path | None:
+    """What ``keep_catalogs_in`` was told."""
+    return _catalogs[0] if _catalogs else None
 
 
 def catalog_of(root: Path) -> Path | None:

@@ -102,9 +102,11 @@ class OpenFile:
         *,
         writes: bool = False,
         on_close: Callable[[OpenFile], None] | None = None,
+        on_read: Callable[[], None] = lambda: None,
     ) -> None:
         self._names, self._catalog, self._pool = names, catalog, pool
         self._on_close = on_close
+        self._on_read = on_read
         self._past: list[PlainFile | Rehydrated] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -150,6 +152,7 @@ class OpenFile:
 
     def pread_into(self, offset: int, out: memoryview) -> int:
         """Fill ``out`` from ``offset``; less than asked only at the end of the file."""
+        self._on_read()
         self._names.used(self._claim)
         with self._lock:
             source, reader = self._source, self._reader

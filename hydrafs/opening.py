@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -190,6 +190,16 @@ class Opener:
                 elif is_parent(self.store, path, parent):
                     return path
         return None
+
+    def state_of(self, parents: Iterable[Parent]) -> str:
+        """What keeps a diff with these parents from being served, as far as ``find`` can tell: ``parent-missing``, or
+        ``parent-changed`` where another file stands under the name; empty where nothing does."""
+        for parent in parents:
+            if self.find(parent) is None:
+                name = self.store.root / parent.name
+                changed = not self.store.is_off_limits(name) and os.path.isfile(name)
+                return "parent-changed" if changed else "parent-missing"
+        return ""
 
     # Proof of large parents
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from hydrafs import keeping
 from hydrafs.cache import ChunkCache
 from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
@@ -237,6 +238,8 @@ def uncompress(store: Store, entry: ModelEntry, *, jobs: int, progress: Progress
                 raise _another(entry.path, recoded.sha256, manifest.sha256)
             prove(store, temporary.path, digest=manifest.sha256)
             temporary.commit(entry.path, replace=True)
+            if keeping.place_of(store.held, manifest.sha256, is_diff=True).exists():
+                keeping.hold(store, entry.path, manifest.sha256)  # the old diff would take its space for nothing
         return model.diff.size, after
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 import xxhash
 from cachetools import LRUCache
 
+from hydrafs.activity import Activity
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Names, Version
@@ -32,6 +33,7 @@ from hydrafs.covered import cover
 from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError, log_once
 from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attributes
+from hydrafs.helper import Helper
 from hydrafs.identity import FileIdentity
 from hydrafs.keeping import KeptLinks, recover
 from hydrafs.opening import Opener
@@ -74,6 +76,8 @@ class StoreTree:
         cache_nbytes: how many bytes of decoded chunks are kept.
         mountpoint: where it is shown, resolved, so that no link of the store leads the daemon back to itself. Where it
             is the store, this must be made before the mount is.
+        helper: what works on the store in the background for as long as the tree is started.
+        protect: whether dehydrated models may not be removed or renamed, whatever the store's configuration says.
     """
 
     read_only = True
@@ -87,7 +91,12 @@ class StoreTree:
         root: str | os.PathLike[str],
         cache_nbytes: int = 4 << 30,
         mountpoint: str | os.PathLike[str] | None = None,
+        *,
+        helper: Helper | None = None,
+        protect: bool = False,
     ) -> None:
+        self._helper = helper
+        self._protect = protect
         self._root = os.path.realpath(root)
         self._mountpoint = Path(mountpoint) if mountpoint is not None else None
         self._covered = -1
@@ -112,13 +121,20 @@ class StoreTree:
         self.store.off_limits = self._mountpoint
         if writable and not self.read_only:
             recover(self.store)
+        self.store.protect = self.store.protect or self._protect
+        self.activity = Activity(self.store.private / "activity")
         self.kept_links = KeptLinks(self.store)
         self.cache = ChunkCache(self._cache_nbytes)
         self.pool = DecodePool()
         self.opener = Opener(self.store, self.cache, background=True)
+        if self._helper is not None:
+            self._helper.start(self._covered)
 
     def stop(self) -> None:
         """Stop the threads and close the store."""
+        if self._helper is not None:
+            self._helper.stop()
+        self.activity.close()
         self.opener.close()
         self.pool.close()
         self.store.close()
@@ -324,6 +340,11 @@ class StoreTree:
                 return "\n".join(f"{p.sha256.hex()} {p.name}" for p in diff.manifest.parents).encode(
                     "utf-8", "surrogateescape"
                 )
+        if name == XATTR_PREFIX + "state" and place.is_diff and self.trailer(place) is not None:
+            with contextlib.suppress(HydraError), DiffFile(place.real) as diff:
+                state = self.opener.state_of(diff.manifest.parents)
+                if state:
+                    return state.encode()
         if name == XATTR_SHA256 or name.startswith(XATTR_PREFIX):
             value = self._facts(place).get(name)
             if value is not None:
@@ -368,7 +389,14 @@ class StoreTree:
         """``source`` as an open file of the mount; it is closed where that fails."""
         try:
             return OpenFile(
-                self.names, self.store.catalog, self.pool, path, source, writes=writes, on_close=self.closed
+                self.names,
+                self.store.catalog,
+                self.pool,
+                path,
+                source,
+                writes=writes,
+                on_close=self.closed,
+                on_read=self.activity.touch,
             )
         except BaseException as error:
             source.close()

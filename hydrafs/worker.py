@@ -14,12 +14,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import fnmatch
-import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 import threading
 import time
@@ -28,84 +25,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydrafs import keeping, tending
+from hydrafs import covered, keeping, tending
 from hydrafs.activity import Activity
 from hydrafs.dehydrate import Options, Outcome, dehydrate
 from hydrafs.diff import SUFFIX
-from hydrafs.errors import Changing, HydraError, UsageError
+from hydrafs.errors import Changing, HydraError
 from hydrafs.identity import FileIdentity
 from hydrafs.leases import Lease
 from hydrafs.needs import needs
+from hydrafs.policy import Policy
 from hydrafs.store import ModelEntry, Store, is_private
 
-__all__ = ["Helper", "Policy", "Worker", "run_order"]
+__all__ = ["Worker", "run", "run_order"]
 
 log = logging.getLogger(__name__)
 
-SETTLE_SECONDS = 60.0
-MIN_NBYTES = 4 << 20
-_SECTION = "worker"
 _QUIET_SECONDS = 0.5
 """How long nobody may have read before the work goes on."""
 _POLL_SECONDS = 5.0
 _WATCHED_POLL_SECONDS = 60.0
 _LOCK_SECONDS = 5.0
 _MAX_BACKOFF = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """Which models are dehydrated, and when. ``include`` (empty: all) and ``exclude`` are patterns as fnmatch has them,
-    of names relative to the store or of their last part."""
-
-    enabled: bool = True
-    settle_seconds: float = SETTLE_SECONDS
-    min_nbytes: int = MIN_NBYTES
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, store: Store, **given: Any) -> Policy:
-        """The policy of the store's configuration, ``[worker]``; what is ``given`` and not ``None`` goes before it.
-
-        Raises:
-            UsageError: the configuration says something that cannot be meant.
-        """
-        table = store.section(_SECTION)
-        where = store.private / "config.toml"
-
-        def value(key: str, kinds: type | tuple[type, ...], default: Any) -> Any:
-            found = table.get(key, default)
-            if not isinstance(found, kinds) or (isinstance(found, bool) and bool is not kinds):
-                raise UsageError(f"{_SECTION}.{key} cannot be meant", where=where, detail=f"{found!r}")
-            return found
-
-        def texts(key: str) -> tuple[str, ...]:
-            found = value(key, list, [])
-            if not all(isinstance(v, str) for v in found):
-                raise UsageError(f"{_SECTION}.{key} is no list of texts", where=where, detail=f"{found!r}")
-            return tuple(found)
-
-        mode = value("dehydrate", str, "auto")
-        if mode not in ("auto", "off"):
-            raise UsageError(f"{_SECTION}.dehydrate is neither auto nor off", where=where, detail=repr(mode))
-        fields: dict[str, Any] = {
-            "enabled": mode == "auto",
-            "settle_seconds": float(value("settle", (int, float), SETTLE_SECONDS)),
-            "min_nbytes": value("min_size", int, MIN_NBYTES),
-            "include": texts("include"),
-            "exclude": texts("exclude"),
-        }
-        return cls(**{**fields, **{k: v for k, v in given.items() if v is not None}})
-
-    def wants(self, name: str, nbytes: int) -> bool:
-        """Whether a model of this name and size is to be dehydrated."""
-
-        def matches(patterns: tuple[str, ...]) -> bool:
-            last = name.rpartition("/")[2]
-            return any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(last, p) for p in patterns)
-
-        return nbytes >= self.min_nbytes and (not self.include or matches(self.include)) and not matches(self.exclude)
 
 
 @dataclass(slots=True)
@@ -310,65 +250,38 @@ def yield_to_others() -> None:
 
 # As a process of its own
 
-_CHILD = """
-import json, sys
-order = json.loads(sys.stdin.buffer.readline())
-sys.path[:] = order.pop("sys_path")
-from hydrafs.worker import run_order
-run_order(order)
-"""
-
-
-class Helper:
-    """A worker in a process of its own, which ends with this one, however that ends. Thread safety: none."""
-
-    def __init__(self, root: Path, given: Mapping[str, Any], log_path: str | os.PathLike[str] | None = None) -> None:
-        self._order = {"root": os.fspath(root), "given": dict(given), "log": os.fspath(log_path) if log_path else None}
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Start it; returns at once."""
-        order = {**self._order, "sys_path": [os.fspath(Path(entry).absolute()) for entry in sys.path]}
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def stop(self, seconds: float = 10.0) -> None:
-        """End it, and wait for that; what it does not end by itself is killed, and loses nothing by it."""
-        if self._process is None:
-            return
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
-
 
 def run_order(order: Mapping[str, Any]) -> None:
-    """What the child of ``Helper`` runs: work on the store that ``order`` names until stdin is closed."""
+    """What the child of a ``Helper`` runs: work on the store that ``order`` names until stdin is closed."""
+    root: str = order["root"]
+    if order["covered"] >= 0:
+        descriptor = f"/proc/{os.getpid()}/fd/{order['covered']}"
+        covered.cover(descriptor, root)
+        if order["catalogs"]:
+            covered.keep_catalogs_in(Path(order["catalogs"]))
+        root = descriptor
     logging.basicConfig(
-        filename=order["log"], level=logging.WARNING, format="%(asctime)s hydrafs: worker: %(levelname)s: %(message)s"
+        filename=covered.reached(order["log"]) if order["log"] else os.devnull,
+        level=logging.WARNING,
+        format="%(asctime)s hydrafs: worker: %(levelname)s: %(message)s",
     )
-    run(Path(order["root"]), order["given"], end=lambda: sys.stdin.buffer.read(1))
+    off_limits = Path(order["off_limits"]) if order["off_limits"] else None
+    run(Path(root), order["given"], end=lambda: sys.stdin.buffer.read(1), off_limits=off_limits)
 
 
-def run(root: Path, given: Mapping[str, Any], *, end: Callable[[], object] | None = None) -> None:
+def run(
+    root: Path, given: Mapping[str, Any], *, end: Callable[[], object] | None = None, off_limits: Path | None = None
+) -> None:
     """Work on the store at ``root`` in this process, at the lowest priority.
 
     Args:
         given: fields of ``Policy`` that go before the store's configuration.
         end: called on a thread of its own; when it returns, the work ends.
+        off_limits: where the store is mounted: what leads there is no model of the store.
     """
     yield_to_others()
     with contextlib.closing(Store(root, create=True)) as store:
+        store.off_limits = off_limits
         activity = Activity(store.private / "activity")
         try:
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

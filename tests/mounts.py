@@ -121,7 +121,9 @@ class Mount:
         return self.root / ".hydrafs" / "mount.log"
 
     def up(self, *arguments: str, warning: str = "") -> Mount:
-        done = hydrafs("mount", self.root, self.path, *arguments, HYDRAFS_FUSE=self.binding)
+        # What stands in a store is what the test put there, unless it says otherwise.
+        background = () if "--dehydrate" in arguments else ("--dehydrate", "off")
+        done = hydrafs("mount", self.root, self.path, *background, *arguments, HYDRAFS_FUSE=self.binding)
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         assert bool(warning) == bool(done.stderr), done.stderr
         assert warning in done.stderr

@@ -65,11 +65,12 @@ def test_killed_at_some_instants(template: Path, tmp_path: Path, scenario: str) 
 
 @pytest.mark.slow
 def test_killed_at_every_instant(template: Path, tmp_path: Path) -> None:
-    """Five hundred and more."""
+    """Each operation of each change, and three of the changes again until there have been five hundred kills."""
     total = 0
     for scenario in SCENARIOS:
         for mode in ("before", "after"):
             total += kills(template, tmp_path, scenario, mode, 1, 1, 1000)
+    print(f"{total} different kills")
     for _ in range(10):
         if total >= 500:
             break

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 from conftest import ModelMaker
-from test_keeping import Family, family  # noqa: F401 - a fixture
+from test_keeping import Family, family, sha256_of  # noqa: F401 - a fixture
 
 from hydrafs import keeping, tending
 from hydrafs.cli import main
 from hydrafs.dehydrate import Options, dehydrate
+from hydrafs.restore import uncompress
 from hydrafs.store import Store
 
 TUNED = [f"tuned{number}.safetensors" for number in range(3)]
@@ -101,6 +102,16 @@ class TestCollecting:
         before = used_nbytes(family.root)
         tending.collect(family.store)
         assert used_nbytes(family.root) <= before - len(family.originals["base.safetensors"])
+        family.check()
+
+    def test_a_held_diff_that_is_recoded_leaves_nothing_behind(self, family: Family, models: ModelMaker) -> None:  # noqa: F811
+        path = models.save(family.path("child.safetensors"), models.tuned("fp32"))
+        options = Options(jobs=1, chunk_nbytes=32 << 10, bases=(family.path(TUNED[0]),))
+        assert dehydrate(family.store, path, options).original_removed
+        uncompress(family.store, family.store.locate(family.path(TUNED[0])), jobs=1)
+        diff = family.path(TUNED[0] + ".hydra")
+        held = keeping.place_of(family.store.held, sha256_of(family.originals[TUNED[0]]), is_diff=True)
+        assert os.path.samestat(held.stat(), diff.stat())
         family.check()
 
     def test_another_home(self, family: Family, models: ModelMaker) -> None:  # noqa: F811

@@ -20,9 +20,11 @@ from test_keeping import read_model
 from hydrafs import keeping, leases, worker
 from hydrafs.activity import Activity
 from hydrafs.errors import Changing, UsageError
+from hydrafs.helper import Helper
 from hydrafs.leases import Lease, is_open_for_writing
+from hydrafs.policy import Policy
 from hydrafs.store import Store
-from hydrafs.worker import Helper, Policy, Worker
+from hydrafs.worker import Worker
 
 SECONDS = 60.0
 

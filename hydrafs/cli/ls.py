@@ -7,9 +7,11 @@ from typing import Any
 
 import click
 
+from hydrafs.cache import ChunkCache
 from hydrafs.cli.common import human, json_option, open_store, percent, print_json, print_table
 from hydrafs.diff import DiffFile
 from hydrafs.errors import HydraError
+from hydrafs.opening import Opener
 from hydrafs.store import ModelEntry
 
 
@@ -18,8 +20,8 @@ from hydrafs.store import ModelEntry
 @json_option
 def command(store: str, as_json: bool) -> None:
     """List the models of STORE: full size, stored size, what is saved, and the parents."""
-    with contextlib.closing(open_store(store)) as opened:
-        facts = [_facts(model) for model in opened.models()]
+    with contextlib.closing(open_store(store)) as opened, contextlib.closing(Opener(opened, ChunkCache(0))) as opener:
+        facts = [_facts(model, opener) for model in opened.models()]
         root = opened.root
     size = sum(f["size"] for f in facts)
     stored = sum(f["stored"] for f in facts)
@@ -34,7 +36,8 @@ def command(store: str, as_json: bool) -> None:
             human(f["size"] - f["stored"]) if f["state"] != "plain" else "-",
             percent(f["stored"], f["size"]),
             f["error"]
-            or ", ".join(p["name"] for p in f["parents"])
+            or (f["state"].replace("-", " ") + ": " if f["state"].startswith("parent") else "")
+            + ", ".join(p["name"] for p in f["parents"])
             or ("" if f["state"] != "plain" else "(full file)"),
         ]
         for f in facts
@@ -43,7 +46,7 @@ def command(store: str, as_json: bool) -> None:
     print_table(["model", "size", "stored", "saved", "ratio", "parents"], [*rows, total], right=(1, 2, 3, 4))
 
 
-def _facts(model: ModelEntry) -> dict[str, Any]:
+def _facts(model: ModelEntry, opener: Opener) -> dict[str, Any]:
     try:
         if not model.is_diff:
             size = model.path.stat().st_size
@@ -52,7 +55,7 @@ def _facts(model: ModelEntry) -> dict[str, Any]:
             manifest = diff.manifest
             return {
                 "name": model.name,
-                "state": "dehydrated",
+                "state": opener.state_of(manifest.parents) or "dehydrated",
                 "size": manifest.size,
                 "stored": diff.size,
                 "sha256": manifest.sha256.hex(),

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import click
 
+from hydrafs.cli.background import policy_given, policy_options
 from hydrafs.cli.common import catalogs, log_to_stderr, open_store, parse_nbytes
 from hydrafs.covered import keep_catalogs_in
+from hydrafs.helper import Helper
 from hydrafs.mounting import mount, parse_options
 from hydrafs.mountpoints import MountInfo, check_mountpoint, clear_stale, resolve
+from hydrafs.policy import Policy
 from hydrafs.service.control import runtime_folders
 from hydrafs.service.metrics import parse_address
 from hydrafs.service.running import Served, Settings
@@ -71,6 +74,8 @@ def _default_log(private: Path) -> str | None:
 @click.option(
     "-o", "options", multiple=True, metavar="OPTS", help="Options as mount(8) takes them: allow_other,uid=..."
 )
+@click.option("--protect", is_flag=True, help="Let dehydrated models not be removed or renamed (EPERM).")
+@policy_options
 @click.option("--log-file", metavar="PATH", help=f"Where the daemon logs to [default: {_DEFAULT_LOG}].")
 @click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="How the log's lines look.")
 @click.option("--metrics-address", metavar="HOST:PORT", help="Serve Prometheus metrics there.")
@@ -82,6 +87,12 @@ def command(
     foreground: bool,
     cache_size: str | None,
     options: tuple[str, ...],
+    protect: bool,
+    dehydrate: str | None,
+    settle: float | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    min_size: str | None,
     log_file: str | None,
     log_format: str,
     metrics_address: str | None,
@@ -89,7 +100,8 @@ def command(
 ) -> None:
     """Show STORE at MOUNTPOINT, each diff as the full file that it stands for; without MOUNTPOINT, over STORE itself.
 
-    Returns when the mount answers; with --foreground, when it is taken down.
+    Models that have been closed and quiet for a while are dehydrated in the background, unless the mount is read-only
+    or --dehydrate is off. Returns when the mount answers; with --foreground, when it is taken down.
     """
     level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
     as_json = log_format == "json"
@@ -105,11 +117,16 @@ def command(
     with contextlib.closing(open_store(store)) as opened:
         root, folders = opened.root, opened.base_folders
         private = opened.private
+        given = policy_given(dehydrate, settle, include, exclude, min_size)
+        Policy.of(opened, **given)  # what is wrong with it is said here
     nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
     log_path = log_file
     if log_path is None and not foreground:
         log_path = _default_log(private)
 
+    helper = None
+    if not parsed.read_only and os.access(root, os.W_OK):
+        helper = Helper(root, given, log_path or private / "worker.log", off_limits=point)
     in_place = point == root
     if in_place:
         keep_catalogs_in(catalogs())
@@ -129,7 +146,8 @@ def command(
         from hydrafs.writing import WritableTree  # noqa: PLC0415
 
         tune_allocator()
-        tree = (StoreTree if parsed.read_only else WritableTree)(root, nbytes, point)
+        kind = StoreTree if parsed.read_only else WritableTree
+        tree = kind(root, nbytes, point, helper=helper, protect=protect)
         served.append(Served(tree, point, settings))
         return served[0]
 

@@ -1,0 +1,90 @@
+"""The worker of a mount as a process of its own: the one that serves pays for none of what dehydrating needs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydrafs.covered import catalogs_folder
+
+__all__ = ["Helper"]
+
+_CHILD = """
+import json, sys
+order = json.loads(sys.stdin.buffer.readline())
+sys.path[:] = order.pop("sys_path")
+from hydrafs.worker import run_order
+run_order(order)
+"""
+
+
+class Helper:
+    """A worker in a process of its own, which ends with this one, however that ends. Thread safety: none.
+
+    Args:
+        root: the store, by the name that people know.
+        given: fields of ``hydrafs.policy.Policy`` that go before the store's configuration.
+        log_path: where it logs to; nowhere by default.
+        off_limits: where the store is mounted: what leads there is no model of the store.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        given: Mapping[str, Any],
+        log_path: str | os.PathLike[str] | None = None,
+        *,
+        off_limits: Path | None = None,
+    ) -> None:
+        self._order: dict[str, Any] = {
+            "root": os.fspath(root),
+            "given": dict(given),
+            "log": os.fspath(log_path) if log_path else None,
+            "off_limits": os.fspath(off_limits) if off_limits else None,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, covered: int = -1) -> None:
+        """Start it; returns at once.
+
+        Args:
+            covered: a descriptor of the store's folder, where a mount covers that.
+        """
+        folder = catalogs_folder()
+        order = {
+            **self._order,
+            "sys_path": [os.fspath(Path(entry).absolute()) for entry in sys.path],
+            "covered": covered,
+            "catalogs": os.fspath(folder) if folder else None,
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(covered,) if covered >= 0 else (),
+        )
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(order).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End it, and wait for that; what it does not end by itself is killed, and loses nothing by it."""
+        if self._process is None:
+            return
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process = None

@@ -1,0 +1,71 @@
+"""Which models are dehydrated in the background, and when: the store's configuration, and what goes before it."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+from hydrafs.errors import UsageError
+from hydrafs.store import Store
+
+__all__ = ["MIN_NBYTES", "SETTLE_SECONDS", "Policy"]
+
+SETTLE_SECONDS = 60.0
+MIN_NBYTES = 4 << 20
+_SECTION = "worker"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which models are dehydrated, and when. ``include`` (empty: all) and ``exclude`` are patterns as fnmatch has them,
+    of names relative to the store or of their last part."""
+
+    enabled: bool = True
+    settle_seconds: float = SETTLE_SECONDS
+    min_nbytes: int = MIN_NBYTES
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, store: Store, **given: Any) -> Policy:
+        """The policy of the store's configuration, ``[worker]``; what is ``given`` and not ``None`` goes before it.
+
+        Raises:
+            UsageError: the configuration says something that cannot be meant.
+        """
+        table = store.section(_SECTION)
+        where = store.private / "config.toml"
+
+        def value(key: str, kinds: type | tuple[type, ...], default: Any) -> Any:
+            found = table.get(key, default)
+            if not isinstance(found, kinds) or (isinstance(found, bool) and bool is not kinds):
+                raise UsageError(f"{_SECTION}.{key} cannot be meant", where=where, detail=f"{found!r}")
+            return found
+
+        def texts(key: str) -> tuple[str, ...]:
+            found = value(key, list, [])
+            if not all(isinstance(v, str) for v in found):
+                raise UsageError(f"{_SECTION}.{key} is no list of texts", where=where, detail=f"{found!r}")
+            return tuple(found)
+
+        mode = value("dehydrate", str, "auto")
+        if mode not in ("auto", "off"):
+            raise UsageError(f"{_SECTION}.dehydrate is neither auto nor off", where=where, detail=repr(mode))
+        fields: dict[str, Any] = {
+            "enabled": mode == "auto",
+            "settle_seconds": float(value("settle", (int, float), SETTLE_SECONDS)),
+            "min_nbytes": value("min_size", int, MIN_NBYTES),
+            "include": texts("include"),
+            "exclude": texts("exclude"),
+        }
+        return cls(**{**fields, **{k: v for k, v in given.items() if v is not None}})
+
+    def wants(self, name: str, nbytes: int) -> bool:
+        """Whether a model of this name and size is to be dehydrated."""
+
+        def matches(patterns: tuple[str, ...]) -> bool:
+            last = name.rpartition("/")[2]
+            return any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(last, p) for p in patterns)
+
+        return nbytes >= self.min_nbytes and (not self.include or matches(self.include)) and not matches(self.exclude)
