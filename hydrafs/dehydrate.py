@@ -483,8 +483,10 @@ def _remove(model: Path, source: FileSource, before: FileIdentity, target: Path,
         except BaseException:
             _bring_back(aside, model, target)
             raise
-        with contextlib.suppress(OSError):  # nobody sees its name: what cannot go now goes at the next start
-            aside.unlink()
+        # Nobody sees its name. Tried twice; what cannot go even then goes at the next start.
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
         fsync_folder(model.parent)
         return True
     except HydraError:

@@ -89,6 +89,7 @@ class TestStatus:
 
     def test_last_errors(self, run: Run, mounted: Path, filled: Filled) -> None:
         filled.base.rename(filled.root.parent / "away")
+        filled.let_go()
         with pytest.raises(OSError, match="Input/output"):
             (mounted / "tuned.safetensors").read_bytes()
         facts = good(run("status", mounted, "--json")).json
@@ -129,6 +130,7 @@ class TestControl:
         elsewhere = tmp_path / "bases"
         elsewhere.mkdir()
         filled.base.rename(elsewhere / "base.safetensors")
+        filled.let_go()
         with pytest.raises(OSError, match="Input/output"):
             (mounted / "tuned.safetensors").read_bytes()
         (filled.root / ".hydrafs" / "config.toml").write_text(f'base_folders = ["{elsewhere}"]\n')
@@ -301,6 +303,7 @@ def test_a_mount_under_a_supervisor(filled: Filled, point: Path, tmp_path: Path)
         supervisor.until("READY")
         assert point.is_mount(), "a supervisor's SIGHUP reloads"
         filled.base.rename(tmp_path / "away")
+        filled.let_go()
         with pytest.raises(OSError, match="Input/output"):
             (point / "tuned.safetensors").read_bytes()
         daemon.send_signal(signal.SIGTERM)
