@@ -57,7 +57,8 @@ class Options:
     """How to dehydrate. ``bases`` empty: found by itself, though never among ``not_bases`` (plain files that will be
     dehydrated themselves). ``jobs``: coding threads. ``codec``: one for all tensors, or the smallest for each; ``raw``
     compresses nothing. ``still`` is asked all along whether to go on: it waits, or raises what ends the work, and the
-    model stays as it is; it is asked for the last time when the original has left its name."""
+    model stays as it is; it is asked for the last time when the original has left its name. ``alone``: whether a model
+    that resembles no other is compressed by itself."""
 
     bases: tuple[Path, ...] = ()
     not_bases: tuple[Path, ...] = ()
@@ -66,6 +67,7 @@ class Options:
     codec: str = AUTOMATIC
     chunk_nbytes: int = DEFAULT_CHUNK_NBYTES
     still: Callable[[], None] = lambda: None
+    alone: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ def dehydrate(
                 evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
             )
         entries, matches = _predicted(store, opener, source, layout, facts, choice)
+        if not entries and not options.alone:
+            return _left_alone(model, source.size, source.size, choice.reasons)
         hashes = BaseHashes(store, entries)
         parents = hashes.parents
         opened: list[FileSource | Rehydrated] = []
@@ -186,6 +190,8 @@ def dehydrate(
                     return _left_alone(model, source.size, stored, choice.reasons)
                 _copy_ownership(source, temporary)
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
+                with DiffFile(temporary.path) as diff:
+                    reasons = (*choice.reasons, *map(str, made_of(diff)))
                 # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
                 with store.lock():
                     options.still()
@@ -196,8 +202,6 @@ def dehydrate(
                     _remember(store, model, before, target, manifest.sha256, facts)
                     removed = not options.keep and _may_go(source, opened)
                     removed = removed and _remove(model, source, before, target, options.still)
-            with DiffFile(target) as diff:
-                reasons = (*choice.reasons, *map(str, made_of(diff)))
             if not removed and not options.keep:
                 reasons += (
                     "the original is kept: it, or what its diff needs, is in use or changed; dehydrate it again",

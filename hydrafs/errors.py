@@ -129,7 +129,7 @@ class Denied(HydraError):
 
 
 class Protected(Denied):
-    """The store's policy forbids it: dehydrated models may not be removed, renamed or replaced."""
+    """The store's policy forbids it: dehydrated models may not be removed or renamed."""
 
     errno = errno.EPERM
     default_remedy = "mount without --protect, or set protect = false in .hydrafs/config.toml"

@@ -75,6 +75,12 @@ class Helper:
             self._process.stdin.write(json.dumps(order).encode() + b"\n")
             self._process.stdin.flush()
 
+    def start_again(self, covered: int = -1) -> None:
+        """Start it if it has ended: one that had nothing to do may have something to do by now."""
+        if self._process is not None and self._process.poll() is not None:
+            self.stop()
+            self.start(covered)
+
     def stop(self, seconds: float = 10.0) -> None:
         """End it, and wait for that; what it does not end by itself is killed, and loses nothing by it."""
         if self._process is None:

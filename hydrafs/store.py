@@ -23,7 +23,7 @@ import tomli_w
 from hydrafs.catalog import Catalog
 from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
-from hydrafs.errors import AlreadyThere, NotFound, UsageError, from_oserror
+from hydrafs.errors import AlreadyThere, HydraError, NotFound, UsageError, from_oserror
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -194,6 +194,8 @@ class Store:
 
     off_limits: Path | None = None
     """The mount that a daemon serves, resolved: a link of the store may lead there, and the daemon must not follow."""
+    always_protect: bool = False
+    """``protect``, whatever the configuration says."""
 
     def __init__(self, root: str | os.PathLike[str], *, create: bool = False) -> None:
         """Open the store at ``root``; ``create`` makes its ``.hydrafs`` folder.
@@ -266,17 +268,26 @@ class Store:
         except OSError as error:
             raise from_oserror(error, "cannot read the store's configuration", self._config_path) from error
 
+    def _config_stat(self) -> tuple[int, int, int] | None:
+        try:
+            stat = os.stat(self._config_path)
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
     def _configure(self) -> None:
+        self._configured = self._config_stat()
         config = self._config()
         folders = self._texts(config, "base_folders", '["/path"]')
-        self.base_folders = tuple(real_path(self.root / Path(f).expanduser()) for f in folders)
-        self.pinned = frozenset(self._texts(config, "pinned", '["sd15.safetensors"]'))
+        pinned = frozenset(self._texts(config, "pinned", '["sd15.safetensors"]'))
         protect = config.get("protect", False)
         if not isinstance(protect, bool):
             raise UsageError(
                 "protect is neither true nor false", where=self._config_path, remedy="write protect = true"
             )
-        self.protect = protect
+        self.base_folders = tuple(real_path(self.root / Path(f).expanduser()) for f in folders)
+        self.pinned = pinned
+        self.protect = protect or self.always_protect
 
     def _texts(self, config: dict[str, object], key: str, example: str) -> list[str]:
         values = config.get(key, [])
@@ -335,7 +346,10 @@ class Store:
         self._change_config(change)
 
     def is_pinned(self, path: Path) -> bool:
-        """Whether the model at the absolute ``path`` is to stay whole."""
+        """Whether the model at the absolute ``path`` is to stay whole, as the configuration has it now."""
+        if self._config_stat() != self._configured:
+            with contextlib.suppress(HydraError):  # damaged, or half written by hand: what was read before still holds
+                self._configure()
         return self.relative(path) in self.pinned
 
     @contextlib.contextmanager

@@ -121,7 +121,8 @@ class StoreTree:
         self.store.off_limits = self._mountpoint
         if writable and not self.read_only:
             recover(self.store)
-        self.store.protect = self.store.protect or self._protect
+        self.store.always_protect = self._protect
+        self.store.reload()
         self.activity = Activity(self.store.private / "activity")
         self.kept_links = KeptLinks(self.store)
         self.cache = ChunkCache(self._cache_nbytes)
@@ -141,6 +142,16 @@ class StoreTree:
         if self._covered >= 0:
             os.close(self._covered)
             self._covered = -1
+
+    def reload(self) -> None:
+        """Read the store's configuration again, and start the worker if that is wanted by now.
+
+        Raises:
+            UsageError: it is damaged; what was read before still holds.
+        """
+        self.store.reload()
+        if self._helper is not None:
+            self._helper.start_again(self._covered)
 
     def statistics(self) -> CacheStatistics:
         """What the chunk cache did so far."""

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from hydrafs.departing import Departed, is_hidden_name
 from hydrafs.diff import SUFFIX
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, Protected
 from hydrafs.handles import OpenFile, PlainFile
 from hydrafs.keeping import before_overwrite, remove_diff, remove_model, rename_model
 from hydrafs.restore import carry_over, change_attributes, rehydrate
@@ -186,6 +186,8 @@ class WritableTree(StoreTree):
     def _hide(self, path: str, hidden: str) -> None:
         place = self.find(path)
         # The deletion comes later, when nobody is left to be told that it failed.
+        if place.is_diff and self.store.protect:
+            raise Protected("a dehydrated model may not be removed", where=path)
         if not os.access(os.path.dirname(place.real), os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
         files = [claim.holder for claim in self.names.claims(path)]

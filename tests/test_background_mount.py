@@ -125,6 +125,12 @@ def test_protect(tmp_path: Path, models: ModelMaker, mounted: Mounted) -> None:
     for refused in (lambda: os.unlink(path), lambda: os.rename(path, live.path / "x.safetensors")):
         with pytest.raises(PermissionError):
             refused()
+    with path.open("rb") as file:
+        for refused in (lambda: os.unlink(path), lambda: os.rename(path, live.path / "x.safetensors")):
+            with pytest.raises(PermissionError):
+                refused()
+        assert file.read(4)
+    assert (library.root / "tuned.safetensors.hydra").exists()
     assert path.exists()
     (live.path / "note.txt").write_text("x")
     os.unlink(live.path / "note.txt")

@@ -117,6 +117,33 @@ def test_commands_find_the_covered_store(
     assert not (store.root / "new.safetensors").exists()
 
 
+def test_what_lands_in_it_is_dehydrated(
+    copied: Copied, in_place: Callable[..., InPlace], models: ModelMaker, tmp_path: Path
+) -> None:
+    store = copied("base.safetensors", "half.safetensors")
+    live = in_place(store, "--dehydrate", "auto", "--settle", "0.5", "--min-size", "1k", "--exclude", "base.*")
+    path = store.root / "sub" / "new.safetensors"
+    models.save(path, models.tuned("bf16"))
+    digest, before = sha256_of(path), path.stat()
+    assert eventually(lambda: os.getxattr(path, "user.hydrafs.state") == b"dehydrated")
+    assert sha256_of(path) == digest
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert eventually(lambda: json.loads(hydrafs("status", store.root, "--json").stdout)["worker"]["models"] == 1)
+    facts = json.loads(hydrafs("status", store.root, "--json").stdout)
+    assert facts["store"] == str(store.root)
+    assert hydrafs("control", store.root, "pause").returncode == 0
+    models.save(store.root / "later.safetensors", models.tuned("bf16"))
+    digest_later = sha256_of(store.root / "later.safetensors")
+    assert "paused" in hydrafs("status", store.root).stdout
+    assert os.getxattr(store.root / "later.safetensors", "user.hydrafs.state") == b"plain"
+    assert hydrafs("control", store.root, "resume").returncode == 0
+    assert eventually(lambda: os.getxattr(store.root / "later.safetensors", "user.hydrafs.state") == b"dehydrated")
+    assert sha256_of(store.root / "later.safetensors") == digest_later
+    live.down()
+    assert path.with_name("new.safetensors.hydra").exists()
+    assert not path.exists()
+
+
 def test_a_second_mount_over_it_is_refused_and_a_dead_one_is_cleared(
     copied: Copied, in_place: Callable[..., InPlace]
 ) -> None:

@@ -14,9 +14,10 @@ ROOMS = [
     "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff", "composition",
     "catalog", "store", "needs", "keeping", "basehash", "prediction", "rehydrate", "readahead", "opening",
     "fingerprint", "matching", "bases", "merging", "assigning", "recognising", "loras", "explaining", "plan",
-    "choosing", "encode", "restore", "dehydrate", "tending", "activity", "leases", "policy", "worker", "helper",
-    "seed", "recipes", "arithmetic", "computing", "coherence", "handles", "vfs", "departing", "writing", "libfuse",
-    "callbacks", "fusewriting", "fuse", "mountpoints", "mountoptions", "daemon", "mounting", "service", "api", "cli",
+    "choosing", "encode", "restore", "dehydrate", "tending", "activity", "leases", "policy", "looking", "working",
+    "tried", "worker", "helper", "seed", "recipes", "arithmetic", "computing", "coherence", "handles", "vfs",
+    "departing", "writing", "libfuse", "callbacks", "fusewriting", "fuse", "mountpoints", "mountoptions", "daemon",
+    "mounting", "service", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 

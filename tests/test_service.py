@@ -137,7 +137,7 @@ class TestControl:
         assert str(elsewhere) in good(run("control", mounted, "reload")).out
         assert (mounted / "tuned.safetensors").read_bytes() == filled.data
         (filled.root / ".hydrafs" / "config.toml").write_text("base_folders = 3\n")
-        bad(run("control", mounted, "reload"), 2, "no list of paths")
+        bad(run("control", mounted, "reload"), 2, "base_folders is no list")
         assert (mounted / "tuned.safetensors").read_bytes() == filled.data
 
 

@@ -24,7 +24,9 @@ from hydrafs.helper import Helper
 from hydrafs.leases import Lease, is_open_for_writing
 from hydrafs.policy import Policy
 from hydrafs.store import Store
+from hydrafs.tried import Tried
 from hydrafs.worker import Worker
+from hydrafs.working import Work, pause, told
 
 SECONDS = 60.0
 
@@ -46,9 +48,9 @@ class Scene:
 
     def rest(self, seconds: float = 61.0) -> list[str]:
         """Time goes by; what the worker has made diffs of."""
-        self.worker.step()
+        done = self.worker.step()
         self.now += seconds
-        return [outcome.model.name for outcome in self.worker.step()]
+        return [outcome.model.name for outcome in (*done, *self.worker.step())]
 
 
 @pytest.fixture
@@ -107,13 +109,67 @@ class TestWhich:
         noise.write_bytes(os.urandom(200_000))
         asked = []
         original = worker.dehydrate
-        monkeypatch.setattr(worker, "dehydrate", lambda *a: asked.append(a[1].name) or original(*a))  # type: ignore[func-returns-value]
+        monkeypatch.setattr(worker, "dehydrate", lambda *a, **k: asked.append(a[1].name) or original(*a, **k))  # type: ignore[func-returns-value]
         for _ in range(4):
             scene.rest()
         assert asked == ["noise.safetensors"]
-        (scene.root / "another.safetensors").write_bytes(os.urandom(200_000))
+        (scene.root / "newer.safetensors").write_bytes(os.urandom(200_000))
         scene.rest()
-        assert asked.count("noise.safetensors") == 2, "another model may be what it was made from"
+        assert asked.count("noise.safetensors") == 1, "nothing is made from what comes after it"
+        (scene.root / "older.safetensors").write_bytes(os.urandom(200_000))
+        os.utime(scene.root / "older.safetensors", ns=(0, 0))
+        scene.rest()
+        assert asked.count("noise.safetensors") == 2, "an older model may be what it was made from"
+
+    def test_what_was_left_whole_is_not_tried_at_the_next_start(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scene.tuned.unlink()
+        noise = scene.root / "noise.safetensors"
+        noise.write_bytes(os.urandom(200_000))
+        scene.rest()
+        assert len(Tried(scene.store)) == 1
+        asked = []
+        original = worker.dehydrate
+        monkeypatch.setattr(worker, "dehydrate", lambda *a, **k: asked.append(a[1].name) or original(*a, **k))  # type: ignore[func-returns-value]
+        again = Worker(scene.store, scene.worker.policy, clock=lambda: scene.now)
+        again.step()
+        scene.now += 10_000
+        again.step()
+        assert not asked
+        noise.write_bytes(os.urandom(200_001))
+        again.step()
+        scene.now += 61
+        again.step()
+        assert asked == ["noise.safetensors"]
+        noise.unlink()
+        again.step()
+        assert len(Tried(scene.store)) == 0
+        (scene.store.private / "left-whole.json").write_text("{")
+        assert len(Tried(scene.store)) == 0
+
+    def test_what_others_were_made_from_stays_whole(self, scene: Scene) -> None:
+        """Without a pin: the base rests long before a fine-tune of it lands."""
+        scene.store.pin([], unpin=["base.safetensors"])
+        other = scene.root / "other.safetensors"
+        other.write_bytes(scene.data[:-4] + b"\0\0\0\0")
+        for age, path in enumerate([other, scene.tuned, scene.base], 1):
+            os.utime(path, ns=(0, 10**18 - age * 10**9))
+        scene.tuned.rename(scene.root / "away")
+        assert scene.rest() == ["other.safetensors"]
+        (scene.root / "away").rename(scene.tuned)
+        assert scene.rest() == ["tuned.safetensors"]
+        assert scene.rest(10_000) == []
+        assert scene.base.exists()
+
+    def test_a_pin_by_another_process(self, scene: Scene) -> None:
+        scene.worker.step()
+        with contextlib.closing(Store(scene.root)) as theirs:
+            theirs.pin(["tuned.safetensors"])
+        assert scene.rest() == []
+        with contextlib.closing(Store(scene.root)) as theirs:
+            theirs.pin([], unpin=["tuned.safetensors"])
+        assert scene.rest() == ["tuned.safetensors"]
 
     def test_what_is_copied_up_again_is_left_alone_longer(self, scene: Scene) -> None:
         for number in range(3):
@@ -186,11 +242,11 @@ class TestWritesWin:
             if not opened:
                 opened.append(scene.tuned)
                 # From another process, as a WebUI would: it waits in open(2) until the lease is given back.
-                code = "import sys,time; f=open(sys.argv[1],'r+b'); f.seek(9); f.write(b'newer'); f.close()"
+                code = "import sys,time; f=open(sys.argv[1],'r+b'); f.seek(-9,2); f.write(b'newer'); f.close()"
                 opened.append(subprocess.Popen([sys.executable, "-c", code, scene.tuned]))
                 time.sleep(0.7)
 
-        def interrupted(store: Store, path: Path, options: object) -> object:
+        def interrupted(store: Store, path: Path, options: object, progress: object) -> object:
             import hydrafs.dehydrate as room
 
             if stage == "last":
@@ -203,7 +259,7 @@ class TestWritesWin:
         assert scene.rest() == []
         assert opened
         opened[1].wait()  # type: ignore[attr-defined]
-        changed = scene.data[:9] + b"newer" + scene.data[14:]
+        changed = scene.data[:-9] + b"newer" + scene.data[-4:]
         assert scene.tuned.read_bytes() == changed
         assert not scene.diff.exists()
         assert not list(scene.root.glob(".hydrafs-tmp-*"))
@@ -214,7 +270,7 @@ class TestWritesWin:
     def test_a_file_that_is_removed_in_the_middle(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
         original = worker.dehydrate
 
-        def interrupted(store: Store, path: Path, options: object) -> object:
+        def interrupted(store: Store, path: Path, options: object, progress: object) -> object:
             def remove(stage: str, nbytes: int, total: int) -> None:
                 if stage == "prove":
                     scene.tuned.unlink(missing_ok=True)
@@ -270,6 +326,61 @@ class TestAsAProcess:
         assert scene.base.exists()
         assert (scene.store.private / "worker.log").read_text() == ""
 
+    def test_it_tells_what_it_does_and_pauses(self, scene: Scene) -> None:
+        assert told(scene.store) == Work()
+        helper = Helper(scene.root, {"settle_seconds": 0.2, "min_nbytes": 1000}, scene.store.private / "worker.log")
+        helper.start()
+        try:
+            assert eventually(lambda: not scene.tuned.exists())
+            assert eventually(lambda: told(scene.store).state == "idle")
+            work = told(scene.store)
+            assert helper._process is not None
+            assert (work.models, work.pid) == (1, helper._process.pid)
+            assert work.saved_nbytes == len(scene.data) - scene.diff.stat().st_size
+            pause(scene.store, True)
+            assert eventually(lambda: told(scene.store).state == "paused")
+            late = scene.root / "late.safetensors"
+            late.write_bytes(scene.data)
+            time.sleep(1.5)
+            assert late.exists()
+            assert told(scene.store).state == "paused"
+            pause(scene.store, False)
+            assert eventually(lambda: not late.exists())
+            assert eventually(lambda: told(scene.store).models == 2)
+        finally:
+            helper.stop()
+        assert told(scene.store).state == "none"
+        pause(scene.store, True)
+        helper.start()
+        try:
+            assert eventually(lambda: told(scene.store).state == "idle"), "a start goes on"
+        finally:
+            helper.stop()
+
+    def test_it_sleeps_while_nothing_happens(self, scene: Scene) -> None:
+        helper = Helper(scene.root, {"settle_seconds": 0.2, "min_nbytes": 1000})
+        helper.start()
+        try:
+            assert eventually(lambda: told(scene.store).models == 1)
+            assert eventually(lambda: told(scene.store).state == "idle")
+            assert helper._process is not None
+            tasks = Path(f"/proc/{helper._process.pid}/task")
+
+            def wakeups() -> int:
+                return sum(
+                    int(line.split()[1])
+                    for status in tasks.glob("*/status")
+                    for line in status.read_text().splitlines()
+                    if line.startswith("voluntary_ctxt_switches")
+                )
+
+            time.sleep(1.0)
+            before = wakeups()
+            time.sleep(4.0)
+            assert wakeups() - before <= 2
+        finally:
+            helper.stop()
+
     def test_it_is_killed_at_any_time(self, scene: Scene) -> None:
         for number in range(6):
             helper = Helper(scene.root, {"settle_seconds": 0.0, "min_nbytes": 1000})
@@ -314,8 +425,12 @@ class TestAsAProcess:
         helper.start()
         try:
             assert eventually(lambda: not left.exists())
-            time.sleep(1)
+            assert helper._process is not None
+            assert helper._process.wait(SECONDS) == 0, "another worker may have the store"
             assert scene.tuned.exists()
+            helper.start_again()
+            assert helper._process is not None
+            assert helper._process.wait(SECONDS) == 0
         finally:
             helper.stop()
 

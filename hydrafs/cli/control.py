@@ -9,7 +9,7 @@ import click
 from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, parse_nbytes, print_json, say
 from hydrafs.errors import UsageError
 
-_ACTIONS = ("cache-size", "drop", "log-level", "reload")
+_ACTIONS = ("cache-size", "drop", "log-level", "pause", "reload", "resume")
 
 
 @click.command("control", short_help="Tell a running daemon what to do.")
@@ -19,7 +19,7 @@ _ACTIONS = ("cache-size", "drop", "log-level", "reload")
 @json_option
 def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> None:
     """Tell the daemon of MOUNTPOINT: cache-size SIZE, drop (what it keeps decoded), log-level debug|info|warning|error,
-    reload (the store's config.toml)."""
+    reload (the store's config.toml), pause and resume (the worker that dehydrates)."""
     request: dict[str, Any] = {}
     if action in ("cache-size", "log-level"):
         if value is None:
@@ -37,5 +37,7 @@ def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> N
         say(f"{human(answer['dropped'])} dropped")
     elif action == "reload":
         say(f"base folders: {', '.join(answer['base_folders']) or 'none'}")
+    elif action in ("pause", "resume"):
+        say("the worker pauses until it is told to resume" if answer["paused"] else "the worker goes on")
     else:
         say(f"{action}: done")

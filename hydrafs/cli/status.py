@@ -9,8 +9,9 @@ import click
 import msgspec
 
 from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, print_json, say
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, printable
 from hydrafs.service.status import Status
+from hydrafs.working import Work
 
 
 @click.command("status", short_help="How a mount's daemon is, and what it saved.")
@@ -54,8 +55,22 @@ def lines_of(s: Status) -> list[str]:
         f"  files     {s.open_files} open; {s.opens} opened, {s.failed_opens} refused",
         f"  process   {human(s.rss_nbytes)} of memory, {s.cpu_seconds:.1f} s of processor time",
     ]
+    if s.worker.state != "none":
+        lines.append(f"  worker    {worker_line(s.worker)}")
     lines += [f"  {time.strftime('%F %T', time.localtime(at))}  {text}" for at, text in s.errors[-5:]]
     return lines
+
+
+def worker_line(w: Work) -> str:
+    """What the worker is doing, and has done."""
+    done = f"{w.models} models dehydrated, {human(w.saved_nbytes)} saved, {w.left_whole} left whole"
+    now = "off" if w.state == "off" else w.state
+    if w.state in ("working", "waiting"):
+        share = f", {w.stage} {100 * w.done_nbytes / w.total_nbytes:.0f} %" if w.total_nbytes else ""
+        now = f"{'at' if w.state == 'working' else 'waits for readers at'} {printable(w.model)}{share}"
+    elif w.state == "idle" and w.waits_until:
+        now = f"next look in {_duration(max(0.0, w.waits_until - time.time()))}"
+    return f"{now}; {done}" + (f"; last error: {w.last_error}" if w.last_error else "")
 
 
 def _duration(seconds: float) -> str:

@@ -23,6 +23,8 @@ _GAUGES = (
     ("hydrafs_open_files", "Files that are open.", lambda s: s.open_files),
     ("hydrafs_reads_in_flight", "Reads that are being answered.", lambda s: s.reads_in_flight),
     ("hydrafs_resident_memory_bytes", "Memory of the daemon.", lambda s: s.rss_nbytes),
+    ("hydrafs_worker_busy", "1 while the worker is at a model.", lambda s: s.worker.state in ("working", "waiting")),
+    ("hydrafs_worker_paused", "1 while the worker is told to pause.", lambda s: s.worker.state == "paused"),
     ("hydrafs_start_time_seconds", "When the daemon started.", lambda s: s.started_at),
 )
 _COUNTERS = (

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrafs.attributes import Attributes
+from hydrafs.covered import shown
 
 _ERRORS_KEPT = 20
 
@@ -179,7 +180,7 @@ class LastErrors(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record's line."""
-        self._lines.append((record.created, f"{record.levelname.lower()}: {record.getMessage()}"))
+        self._lines.append((record.created, f"{record.levelname.lower()}: {shown(record.getMessage())}"))
 
     def lines(self) -> list[tuple[float, str]]:
         """Time and text of each, the latest last."""

@@ -19,13 +19,14 @@ from typing import Any
 
 import msgspec
 
-from hydrafs.errors import HydraError, UsageError
+from hydrafs.errors import HydraError, UsageError, from_oserror
 from hydrafs.service.control import Server
 from hydrafs.service.metrics import serve_metrics
 from hydrafs.service.notify import Notifier
 from hydrafs.service.observing import LastErrors, Observed
 from hydrafs.service.status import Reporter
 from hydrafs.store import TemporaryFile
+from hydrafs.working import pause
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,8 @@ class Served(Observed):
             "drop": lambda request: {"dropped": self.tree.cache.drop()},
             "log-level": self._log_level,
             "reload": self.reload,
+            "pause": lambda request: self._pause(True),
+            "resume": lambda request: self._pause(False),
         }
 
     def _resize(self, request: dict[str, Any]) -> dict[str, int]:
@@ -168,6 +171,13 @@ class Served(Observed):
             raise UsageError("not a cache size", where=str(nbytes), remedy="give at least 1M")
         self.tree.cache.resize(nbytes)
         return {"budget_nbytes": self.tree.cache.budget_nbytes}
+
+    def _pause(self, on: bool) -> dict[str, bool]:
+        try:
+            pause(self.tree.store, on)
+        except OSError as error:
+            raise from_oserror(error, "cannot tell the worker", self.tree.store.private) from error
+        return {"paused": on}
 
     def _log_level(self, request: dict[str, Any]) -> dict[str, str]:
         level = str(request.get("level"))
@@ -178,7 +188,7 @@ class Served(Observed):
 
     def reload(self, request: dict[str, Any]) -> dict[str, list[str]]:
         """Read the store's configuration again."""
-        self.tree.store.reload()
+        self.tree.reload()
         folders = [str(folder) for folder in self.tree.store.base_folders]
         log.info("the configuration was read again; base folders: %s", ", ".join(folders) or "none")
         return {"base_folders": folders}

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import msgspec
 
+from hydrafs.covered import named
 from hydrafs.errors import HydraError
 from hydrafs.service.observing import LastErrors, Observed
 from hydrafs.store import trailer_of
 from hydrafs.version import __version__
+from hydrafs.working import Work, told
 
 _COUNT_AGAIN_SECONDS = 60.0
 
@@ -58,6 +60,7 @@ class Status(msgspec.Struct, frozen=True):
     rss_nbytes: int
     cpu_seconds: float
     errors: tuple[tuple[float, str], ...]
+    worker: Work = Work()
 
     @property
     def hit_rate(self) -> float:
@@ -120,7 +123,7 @@ class Reporter:
             version=__version__,
             pid=os.getpid(),
             mountpoint=str(self._mountpoint),
-            store=str(self._tree.store.root),
+            store=named(self._tree.store.root),
             started_at=self._started_at,
             uptime_seconds=time.time() - self._started_at,
             models=self.models(),
@@ -143,6 +146,7 @@ class Reporter:
             rss_nbytes=_rss_nbytes(),
             cpu_seconds=used.ru_utime + used.ru_stime,
             errors=tuple(self._errors.lines()),
+            worker=told(self._tree.store),
         )
 
 

@@ -1,0 +1,107 @@
+"""What the worker of a store is doing, told by files in ``.hydrafs`` to whoever asks; and how it is told to pause.
+
+Rule 1: the worker may be another user's process, or another machine's view of it gone: what it said counts only while
+        it holds its lock.
+Rule 2: telling never fails the work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from hydrafs.store import TEMPORARY, Store
+
+__all__ = ["PAUSED", "STATES", "Work", "alone", "is_paused", "pause", "tell", "told"]
+
+STATES = ("none", "off", "idle", "working", "waiting", "paused")
+"""No worker; it wants no models; nothing to do; at a model; at a model, and somebody reads; told to pause."""
+PAUSED = "worker.paused"
+_LOCK = "worker.lock"
+_TOLD = "worker.json"
+
+
+class Work(msgspec.Struct, frozen=True):
+    """What the worker is doing, and has done since it started. Bytes, and seconds since the epoch.
+
+    ``waits_until`` is when the next model will have rested long enough, 0 where none does.
+    """
+
+    state: str = "none"
+    pid: int = 0
+    model: str = ""
+    stage: str = ""
+    done_nbytes: int = 0
+    total_nbytes: int = 0
+    since: float = 0.0
+    waits_until: float = 0.0
+    models: int = 0
+    saved_nbytes: int = 0
+    left_whole: int = 0
+    last_error: str = ""
+
+
+def tell(store: Store, work: Work) -> None:
+    """Say what is done now; whoever asks while it is written gets what was said before."""
+    temporary = store.private / f"{TEMPORARY}{secrets.token_hex(8)}"
+    with contextlib.suppress(OSError, ValueError):
+        temporary.write_bytes(msgspec.json.encode(work))
+        os.replace(temporary, store.private / _TOLD)
+
+
+def told(store: Store) -> Work:
+    """What the worker of the store said last; that there is none where it does not hold its lock."""
+    try:
+        fd = os.open(store.private / _LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return Work()
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return Work()
+    except OSError:
+        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
+            return msgspec.json.decode((store.private / _TOLD).read_bytes(), type=Work)
+        return Work("idle")
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def alone(store: Store) -> Iterator[bool]:
+    """Be the worker of the store, if there is no other."""
+    fd = os.open(store.private / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(fd)
+
+
+def is_paused(store: Store) -> bool:
+    """Whether the worker is to do nothing for now."""
+    return os.path.lexists(_paused(store))
+
+
+def pause(store: Store, on: bool) -> None:
+    """Let the worker do nothing from now on, or go on; it holds until the worker is started anew.
+
+    Raises:
+        OSError: the store cannot be written.
+    """
+    if on:
+        _paused(store).write_text(f"{time.time():.0f}\n")
+    else:
+        _paused(store).unlink(missing_ok=True)
+
+
+def _paused(store: Store) -> Path:
+    return store.private / PAUSED
