@@ -24,7 +24,7 @@ import msgspec
 from hydrafs.assembling import TORCH_ZIP, Skeleton, container_for, safetensors_skeleton, torch_zip_skeleton
 from hydrafs.basehash import BaseHashes
 from hydrafs.choosing import features_of
-from hydrafs.dehydrate import disk_errors, hold
+from hydrafs.dehydrate import disk_errors, hold, keep_parents
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.dtypes import DTYPES
 from hydrafs.encode import encode_model
@@ -152,7 +152,9 @@ def make_virtual(
         os.fchmod(temporary.file.fileno(), mode & 0o666)
         stored = os.fstat(temporary.file.fileno()).st_size
         prove(store, temporary.path, lambda nbytes: progress("prove", nbytes, model.size), manifest.sha256)
-        temporary.commit(diff)
+        with store.lock():
+            keep_parents(store, [entries[i] for i in used], records, opened)
+            temporary.commit(diff)
     return Made(target, diff, model.size, stored, manifest.sha256, recipe)
 
 

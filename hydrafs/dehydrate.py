@@ -196,7 +196,7 @@ def dehydrate(
                 with store.lock():
                     options.still()
                     _unchanged(model, source, before)
-                    _keep_parents(store, entries, manifest.parents, opened)
+                    keep_parents(store, entries, manifest.parents, opened)
                     replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
                     temporary.commit(target, replace=replace)
                     _remember(store, model, before, target, manifest.sha256, facts)
@@ -445,10 +445,15 @@ def _may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> bo
     return True
 
 
-def _keep_parents(
+def keep_parents(
     store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[FileSource | Rehydrated]
 ) -> None:
-    """Hold every file that the diff will be read from, so that it outlives its name."""
+    """Hold every file that the diff will be read from, so that it outlives its name; the caller holds the store's lock.
+
+    Args:
+        entries, parents: the models, and what the manifest calls them.
+        opened: the same, open, or those of them that are diffs.
+    """
     for entry, parent in zip(entries, parents, strict=True):
         keeping.hold(store, entry.path, parent.sha256)
     pending = [parent for parent in opened if isinstance(parent, Rehydrated)]

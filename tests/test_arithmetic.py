@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -376,6 +377,8 @@ class TestWhatDoesNotFit:
     def test_a_parent_that_is_gone(self, run: Run, store: Path, paths: list[Path]) -> None:
         good(run("merge", *paths, "--virtual", store / "made.ckpt"))
         aside = paths[1].rename(store.parent / "aside")
+        good(run("verify", store))  # it is held
+        shutil.rmtree(store / ".hydrafs" / "held")
         ran = run("verify", store)
         assert ran.code == 1
         assert "b.safetensors" in ran.out + ran.err
