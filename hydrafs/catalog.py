@@ -12,11 +12,12 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from hydrafs.digests import checked
 from hydrafs.identity import FileIdentity
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,12 @@ CREATE TABLE files (
 CREATE INDEX files_by_sha256 ON files (sha256);
 CREATE TABLE directories (path BLOB PRIMARY KEY, members INTEGER, mtime_ns INTEGER) WITHOUT ROWID;
 """
+_LATER = """
+CREATE TABLE IF NOT EXISTS hashes (
+    sha256 BLOB, name TEXT, value BLOB, PRIMARY KEY (sha256, name)
+) WITHOUT ROWID;
+"""
+"""Tables that a catalog of the same version may not have yet: it is not thrown away for them."""
 
 
 class TensorFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -63,6 +70,9 @@ class Catalog:
         if self._database is None:
             self._database = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             self._database.executescript(_SCHEMA)
+        # A catalog that cannot be written has none of them: what is asked of them is unknown.
+        with contextlib.suppress(sqlite3.Error):
+            self._database.executescript(_LATER)
 
     def _open(self, path: Path) -> sqlite3.Connection | None:
         for attempt in range(2):
@@ -153,6 +163,20 @@ class Catalog:
                     f"{column}) VALUES (?, ?, ?, ?, ?, ?, ?)",
                     (key, *parts, value),
                 )
+
+    def hashes(self, sha256: bytes) -> dict[str, bytes]:
+        """Other hashes of the content of this SHA-256, by name (``hydrafs.digests``)."""
+        rows: list[tuple[str, bytes]] = []
+        with self._cursor() as database:
+            rows = database.execute("SELECT name, value FROM hashes WHERE sha256 = ?", (sha256,)).fetchall()
+        return checked((name, value) for name, value in rows if isinstance(name, str) and isinstance(value, bytes))
+
+    def remember_hashes(self, sha256: bytes, hashes: Iterable[tuple[str, bytes]]) -> None:
+        """Keep other hashes of the content of this SHA-256."""
+        with self._cursor() as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", [(sha256, name, value) for name, value in hashes]
+            )
 
     def paths_of(self, sha256: bytes) -> list[Path]:
         """Where files of this SHA-256 were seen; whether they still are is for the caller to check."""

@@ -31,6 +31,7 @@ from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Claim, Names, Version
 from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError, log_once
+from hydrafs.hashing import KnownHashes
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
 from hydrafs.opening import Opener
@@ -40,7 +41,7 @@ from hydrafs.store import Store, is_private, listed_name
 
 log = logging.getLogger(__name__)
 
-XATTR_SHA256 = "user.hash.sha256"
+XATTR_HASH = "user.hash."
 XATTR_PREFIX = "user.hydrafs."
 XATTR_PATH = XATTR_PREFIX + "path"
 """Where a file or folder of the mount stands in the store. Answered, and not listed: a copy must not carry it along."""
@@ -120,6 +121,7 @@ class StoreTree:
     cache: ChunkCache
     pool: DecodePool
     opener: Opener
+    hashes: KnownHashes
 
     def __init__(
         self,
@@ -143,6 +145,7 @@ class StoreTree:
         self.cache = ChunkCache(self._cache_nbytes)
         self.pool = DecodePool()
         self.opener = Opener(self.store, self.cache, background=True)
+        self.hashes = KnownHashes(self.store)
 
     def stop(self) -> None:
         """Stop the threads and close the store."""
@@ -265,19 +268,16 @@ class StoreTree:
         """The attributes that hydrafs adds to a file."""
         if not stat.S_ISREG(place.stat.st_mode):
             return {}
+        known = self.hashes.of(Path(place.real), place.stat, is_diff=place.is_diff)
+        facts = {XATTR_HASH + hash_name: value.hex() for hash_name, value in known.items()}
         if not place.is_diff:
-            known = self.store.catalog.sha256(Path(place.real), FileIdentity.of(place.stat))
-            return (
-                {XATTR_SHA256: known.hex(), XATTR_PREFIX + "state": "plain"}
-                if known
-                else {XATTR_PREFIX + "state": "plain"}
-            )
+            return {**facts, XATTR_PREFIX + "state": "plain"}
         trailer = self._trailer(place)
         if trailer is None:
             return {XATTR_PREFIX + "state": "damaged"}
         stored = place.stat.st_size
         return {
-            XATTR_SHA256: trailer.sha256.hex(),
+            **facts,
             XATTR_PREFIX + "state": "dehydrated",
             XATTR_PREFIX + "stored_size": str(stored),
             XATTR_PREFIX + "ratio": f"{stored / trailer.size:.4f}" if trailer.size else "1.0000",
@@ -303,7 +303,7 @@ class StoreTree:
                 return "\n".join(f"{p.sha256.hex()} {p.name}" for p in diff.manifest.parents).encode(
                     "utf-8", "surrogateescape"
                 )
-        if name == XATTR_SHA256 or name.startswith(XATTR_PREFIX):
+        if name.startswith((XATTR_HASH, XATTR_PREFIX)):
             value = self._facts(place).get(name)
             if value is not None:
                 return value.encode("utf-8", "surrogateescape")

@@ -10,12 +10,12 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
-    "version", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity", "containers",
+    "version", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity", "digests", "containers",
     "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff", "composition", "catalog",
     "store", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
-    "dehydrate", "seed", "recipes", "arithmetic", "computing", "coherence", "vfs", "libfuse", "fuse", "mountpoints",
-    "mountoptions", "daemon", "mounting", "service", "api", "cli",
+    "dehydrate", "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "vfs", "libfuse", "fuse",
+    "mountpoints", "mountoptions", "daemon", "mounting", "service", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import click
@@ -12,10 +11,11 @@ from hydrafs import containers
 from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table, say
 from hydrafs.composition import formula_text, made_of, span_costs
 from hydrafs.diff import DiffFile
-from hydrafs.identity import FileIdentity
+from hydrafs.digests import SHA256, TITLES
+from hydrafs.hashing import KnownHashes
 from hydrafs.layout import FileSource
 from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, PREDICTION_SAME, SELF
-from hydrafs.store import ModelEntry, Store
+from hydrafs.store import ModelEntry
 
 
 @click.command("info", short_help="What a model is made of, per tensor.")
@@ -25,13 +25,16 @@ def command(model: str, as_json: bool) -> None:
     """Show what MODEL holds: sizes, parents, and for each tensor what predicts it and what it costs."""
     store, entry = find_model(model)
     with contextlib.closing(store):
-        facts = _diff_facts(entry) if entry.is_diff else _plain_facts(store, entry)
+        facts = _diff_facts(entry) if entry.is_diff else _plain_facts(entry)
+        known = KnownHashes(store).of(entry.path, entry.path.stat(), is_diff=entry.is_diff)
+        facts["hashes"] = {name: value.hex() for name, value in known.items()}
+        facts["sha256"] = facts["hashes"].get(SHA256, "")
     if as_json:
         print_json(facts)
         return
     say(f"{facts['name']}: {facts['container']}, {human(facts['size'])}, {facts['state']}")
-    if facts["sha256"]:
-        say(f"SHA-256 {facts['sha256']}")
+    for name, value in facts["hashes"].items():
+        say(f"{TITLES[name]} {value}")
     if entry.is_diff:
         say(f"stored in {facts['diff']}: {human(facts['stored'])} ({percent(facts['stored'], facts['size'])})")
         for line in facts["made_of"]:
@@ -54,17 +57,15 @@ def command(model: str, as_json: bool) -> None:
     print_table(["tensor", "dtype", "shape", "size", "stored", "ratio", "prediction", "codec"], rows, right=(3, 4, 5))
 
 
-def _plain_facts(store: Store, entry: ModelEntry) -> dict[str, Any]:
+def _plain_facts(entry: ModelEntry) -> dict[str, Any]:
     with FileSource(entry.path) as source:
         layout = containers.parse(source, entry.path.name)
-        digest = store.catalog.sha256(entry.path, FileIdentity.of(os.fstat(source.fd)))
     return {
         "name": entry.name,
         "state": "plain",
         "container": layout.container,
         "size": layout.size,
         "stored": layout.size,
-        "sha256": digest.hex() if digest else "",
         "parents": [],
         "made_of": [],
         "spans": [_span(s.name, s.dtype, s.shape, s.nbytes, s.nbytes, "-", "-") for s in layout.tensors],
@@ -101,7 +102,6 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
             "diff": str(entry.path),
             "size": manifest.size,
             "stored": diff.size,
-            "sha256": manifest.sha256.hex(),
             "mode": manifest.mode,
             "mtime_ns": manifest.mtime_ns,
             "chunk_size": manifest.chunk_nbytes,
