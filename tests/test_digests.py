@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -131,26 +132,11 @@ def test_the_model_is_read_once_for_all_of_them(filled: Filled, monkeypatch: pyt
     assert set(read_hashes(filled.diff)) == {"sha256", *NBYTES}
 
 
-def strip(path: Path) -> None:
-    """Make a diff one of before the hashes: the same manifest without its last field."""
-    from hydrafs.diff import DiffWriter
-
-    with DiffFile(path) as diff:
-        manifest = msgspec.structs.replace(diff.manifest, hashes=())
-        rows = [
-            (diff.payload(i), diff.chunk_codec[i], diff.chunk_flags[i], diff.chunk_checksum[i])
-            for i in range(diff.table.chunk_count)
-        ]
-    with path.open("wb") as file:
-        writer = DiffWriter(file, len(rows))
-        for number, row in enumerate(rows):
-            writer.append(number, *row)
-        writer.finish(manifest)
-
-
-def test_an_old_diff_is_read_and_hashed_once_when_asked(filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_diff_is_read_and_hashed_once_when_asked(
+    filled: Filled, monkeypatch: pytest.MonkeyPatch, make_old: Callable[[Path], None]
+) -> None:
     filled.dehydrate()
-    strip(filled.diff)
+    make_old(filled.diff)
     expected = wanted(filled.data, safetensors=True)
     with contextlib.closing(Store(filled.root)) as store:
         entry = store.locate(filled.tuned)

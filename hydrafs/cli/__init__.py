@@ -23,6 +23,7 @@ _COMMANDS = {
     "dehydrate": "Turn models into small diffs, each proved before its original goes.",
     "doctor": "What this machine has of what hydrafs needs, and what to do.",
     "export": "Write a model as a diff of the tool that hydrafs grew from.",
+    "hashes": "The models' known hashes; tells them to WebUIs.",
     "import": "Store a diff of the tool that hydrafs grew from as one of ours.",
     "info": "What a model is made of, per tensor.",
     "ls": "What a store holds, at what cost, against what.",
@@ -32,8 +33,8 @@ _COMMANDS = {
     "status": "How a mount's daemon is, and what it saved.",
     "top": "The status of all mounts, live in the terminal.",
     "umount": "Take a mount down.",
-    "unmerge": "Make the other model of a merge, given one.",
     "uncompress": "Recode a diff without compression, for the fastest reads.",
+    "unmerge": "Make the other model of a merge, given one.",
     "verify": "Decode everything and compare SHA-256.",
     "warm": "Read models into the kernel's cache.",
 }
