@@ -15,7 +15,8 @@ ROOMS = [
     "store", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
     "dehydrate", "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "vfs", "libfuse", "fuse",
-    "mountpoints", "webui", "mountoptions", "daemon", "mounting", "service", "api", "cli",
+    "mountpoints", "webui", "mountoptions", "daemon", "mounting", "service", "anatomy", "changes", "family", "pictures",
+    "report", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 

@@ -30,6 +30,7 @@ _COMMANDS = {
     "merge": "Make a model out of two or three others.",
     "mount": "Show a store as the full files that it stands for.",
     "rehydrate": "Write a dehydrated model as a full file, or a stronger one.",
+    "report": "A page of pictures about a store.",
     "status": "How a mount's daemon is, and what it saved.",
     "top": "The status of all mounts, live in the terminal.",
     "umount": "Take a mount down.",

@@ -8,10 +8,13 @@ from typing import Any
 import click
 
 from hydrafs import containers
+from hydrafs.changes import parts_of
 from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table, say
+from hydrafs.cli.plotting import plot
 from hydrafs.composition import formula_text, made_of, span_costs
 from hydrafs.diff import DiffFile
 from hydrafs.digests import SHA256, TITLES
+from hydrafs.errors import UsageError
 from hydrafs.hashing import KnownHashes
 from hydrafs.layout import FileSource
 from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, PREDICTION_SAME, SELF
@@ -20,9 +23,13 @@ from hydrafs.store import ModelEntry
 
 @click.command("info", short_help="What a model is made of, per tensor.")
 @click.argument("model", metavar="MODEL")
+@click.option("--plot", "as_plot", is_flag=True, help="Show which layers differ from the base, block by block.")
 @json_option
-def command(model: str, as_json: bool) -> None:
-    """Show what MODEL holds: sizes, parents, and for each tensor what predicts it and what it costs."""
+def command(model: str, as_plot: bool, as_json: bool) -> None:
+    """Show what MODEL holds: sizes, parents, and for each tensor what predicts it and what it costs.
+
+    --plot shows instead, for each block of the network and each kind of layer, how much of it had to be stored.
+    """
     store, entry = find_model(model)
     with contextlib.closing(store):
         facts = _diff_facts(entry) if entry.is_diff else _plain_facts(entry)
@@ -41,6 +48,12 @@ def command(model: str, as_json: bool) -> None:
             say(f"made of {line}")
         for parent in facts["parents"]:
             say(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
+    if as_plot:
+        if not entry.is_diff:
+            raise UsageError("a full file differs from nothing", where=entry.path, remedy="name a dehydrated model")
+        with DiffFile(entry.path) as diff:
+            plot(parts_of(diff))
+        return
     rows = [
         [
             t["name"] or "(literal bytes)",
@@ -77,7 +90,8 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
         manifest = diff.manifest
         spans = []
         literal_size = literal_stored = 0
-        for number, (stored, codecs) in enumerate(span_costs(diff)):
+        for number, cost in enumerate(span_costs(diff)):
+            stored, codecs = round(cost.stored), ", ".join(cost.codecs)
             span = manifest.spans[number]
             section = manifest.sections[span.section]
             if not section.dtype:
