@@ -1,13 +1,12 @@
 """Coding a model chunk by chunk, in one pass over its bytes.
 
-Plan: one thread reads the model in file order and takes its SHA-256, threads beside it the other hashes; full chunks go
-to a pool that predicts, codes and checks-sums them; what comes back is written in the order it was sent.
+Plan: one thread reads the model in file order, others take its hashes; full chunks go to a pool that predicts,
+codes and checks-sums them; what comes back is written in the order it was sent.
 Rule: what is in memory at once is bounded: one part-filled chunk per open section, and a few chunks per worker.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -172,11 +171,9 @@ def encode_model(
     filling: dict[int, bytearray] = {}
     sent = [0] * len(plan.sections)
     left = table.section_nbytes.tolist()
-    digest = hashlib.sha256()
     hashes = Digests(safetensors=manifest.container == safetensors.CONTAINER)
 
     def taken(block: bytes | npt.NDArray[np.uint8], section: int) -> None:
-        digest.update(block)
         hashes.update(block)
         left[section] -= len(block)
         if progress:
@@ -219,7 +216,7 @@ def encode_model(
                     offset += count
             while pending:
                 write_one()
-            others = hashes.finish()
+            sha256, others = hashes.finish()
         except BaseException:
             for _, future in pending:
                 future.cancel()
@@ -231,7 +228,7 @@ def encode_model(
         for number, span in enumerate(plan.spans)
     )
     known = last() if last else manifest.parents
-    complete = msgspec.structs.replace(manifest, spans=spans, sha256=digest.digest(), parents=known, hashes=others)
+    complete = msgspec.structs.replace(manifest, spans=spans, sha256=sha256, parents=known, hashes=others)
     output.finish(complete)
     return complete
 

@@ -6,7 +6,6 @@ Rule: what is known is told without reading a model; a model is read only when i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -23,11 +22,11 @@ from hydrafs.errors import Changing, HydraError, VerifyFailed
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
 from hydrafs.opening import Opener
-from hydrafs.restore import read_all
+from hydrafs.restore import read_blocks
 from hydrafs.store import ModelEntry, Store
 
 _KEPT = 100_000
-_READ_NBYTES = 4 << 20
+_READ_NBYTES = 1 << 20
 _CACHE_NBYTES = 96 << 20
 
 Progress = Callable[[int], None]
@@ -98,28 +97,29 @@ def compute(store: Store, entry: ModelEntry, progress: Progress | None = None) -
         if entry.is_diff:
             opener = Opener(store, ChunkCache(_CACHE_NBYTES))
             with contextlib.closing(opener), contextlib.closing(opener.open_diff(entry.path)) as model:
-                sha256 = read_all(model, lambda block: digests.update(bytes(block)), progress)
+                read_blocks(model, digests.update, progress)
+                sha256, others = digests.finish()
                 if sha256 != model.manifest.sha256:
                     raise VerifyFailed("a diff does not give its model back", where=entry.path)
         else:
-            sha256 = _hash_file(store, entry.path, digests, progress)
-        others = digests.finish()
+            sha256, others = _hash_file(store, entry.path, digests, progress)
     store.catalog.remember_hashes(sha256, others)
     return {SHA256: sha256, **dict(others)}
 
 
-def _hash_file(store: Store, path: Path, digests: Digests, progress: Progress | None) -> bytes:
-    digest = hashlib.sha256()
+def _hash_file(
+    store: Store, path: Path, digests: Digests, progress: Progress | None
+) -> tuple[bytes, tuple[tuple[str, bytes], ...]]:
     with FileSource(path) as source:
         identity = FileIdentity.of(source.stat)
         position = 0
         while block := source.pread(position, _READ_NBYTES):
-            digest.update(block)
             digests.update(block)
             position += len(block)
             if progress:
                 progress(len(block))
         if FileIdentity.of(os.fstat(source.fd)) != identity or position != source.size:
             raise Changing("a model changed while it was read", where=path)
-    store.catalog.remember_sha256(path, identity, digest.digest())
-    return digest.digest()
+    sha256, others = digests.finish()
+    store.catalog.remember_sha256(path, identity, sha256)
+    return sha256, others

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,15 +16,16 @@ import msgspec
 import pytest
 from blake3 import blake3
 from conftest import Filled, ModelMaker
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hydrafs import digests as digests_room
 from hydrafs import encode
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import Catalog
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import DiffFile, read_hashes
-from hydrafs.digests import NBYTES, Digests, checked
+from hydrafs.digests import NBYTES, Digests, checked, twins_available
 from hydrafs.errors import CorruptDiff
 from hydrafs.hashing import KnownHashes, compute, missing
 from hydrafs.manifest import decode_hashes, decode_manifest, encode_manifest
@@ -46,33 +48,76 @@ def wanted(data: bytes, *, safetensors: bool) -> dict[str, bytes]:
     return hashes
 
 
+@pytest.fixture(params=[True, False], ids=["twins", "apart"])
+def either(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the extension, and as on a processor without SHA instructions."""
+    if not request.param:
+        monkeypatch.setattr(digests_room, "_native", None)
+    elif not twins_available():
+        pytest.skip("no SHA instructions here, or the extension is not built")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     header=st.integers(0, 300),
     size=st.integers(0, 0x120000),
     cuts=st.lists(st.integers(0, 0x120000), max_size=6),
     safetensors=st.booleans(),
 )
-def test_whatever_the_blocks_are(header: int, size: int, cuts: list[int], safetensors: bool) -> None:
+def test_whatever_the_blocks_are(either: None, header: int, size: int, cuts: list[int], safetensors: bool) -> None:
     body = (b"0123456789abcdefg" * (size // 17 + 1))[:size]
     data = struct.pack("<Q", header) + bytes(header) + body
     with Digests(safetensors=safetensors) as digests:
         edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
         for start, stop in itertools.pairwise(edges):
             digests.update(data[start:stop])
-        found = digests.finish()
-    expected = wanted(data, safetensors=safetensors)
-    del expected["sha256"]
-    assert dict(found) == expected
+        sha256, found = digests.finish()
+    assert {"sha256": sha256, **dict(found)} == wanted(data, safetensors=safetensors)
     assert list(found) == sorted(found)
 
 
-def test_a_file_cut_byte_by_byte() -> None:
+def test_a_file_cut_byte_by_byte(either: None) -> None:
     data = struct.pack("<Q", 2) + b"{}" + b"weights"
     with Digests(safetensors=True) as digests:
         for byte in data:
             digests.update(bytes([byte]))
-        found = dict(digests.finish())
-    assert found["addnet_sha256"] == hashlib.sha256(b"weights").digest()
+        sha256, found = digests.finish()
+    assert sha256 == hashlib.sha256(data).digest()
+    assert dict(found)["addnet_sha256"] == hashlib.sha256(b"weights").digest()
+
+
+@given(st.integers(0, 2**32), st.lists(st.integers(0, 300), max_size=9), st.integers(0, 600))
+def test_the_extension_takes_two_sha256s(seed: int, sizes: list[int], skipped: int) -> None:
+    """Blocks of any size, the second file beginning anywhere in the first one."""
+    native = pytest.importorskip("hydrafs._twins")
+    if not native.available():
+        with pytest.raises(NotImplementedError):
+            native.begin()
+        return
+    pair, data = native.begin(), b""
+    for size in sizes:
+        block = random.Random(seed + len(data)).randbytes(size)
+        native.update(pair, block, min(size, max(0, skipped - len(data))))
+        data += block
+        assert native.finish(pair) == (hashlib.sha256(data).digest(), hashlib.sha256(data[skipped:]).digest())
+
+
+def test_the_extension_refuses_what_is_not_there() -> None:
+    native = pytest.importorskip("hydrafs._twins")
+    if not native.available():
+        pytest.skip("no SHA instructions here")
+    pair = native.begin()
+    for skipped in (4, -1):
+        with pytest.raises(ValueError, match="skipped"):
+            native.update(pair, b"123", skipped)
+    for wrong in (b"", None, 7):
+        with pytest.raises((TypeError, ValueError)):
+            native.finish(wrong)
+        with pytest.raises((TypeError, ValueError)):
+            native.update(wrong, b"123", 0)
+    with pytest.raises(TypeError):
+        native.update(pair, "text", 0)
+    assert native.finish(pair) == (hashlib.sha256().digest(),) * 2
 
 
 def test_every_new_diff_has_them(filled: Filled) -> None:
