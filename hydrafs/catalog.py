@@ -35,6 +35,7 @@ _LATER = """
 CREATE TABLE IF NOT EXISTS hashes (
     sha256 BLOB, name TEXT, value BLOB, PRIMARY KEY (sha256, name)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS blocks (sha256 BLOB PRIMARY KEY, data BLOB);
 """
 """Tables that a catalog of the same version may not have yet: it is not thrown away for them."""
 
@@ -177,6 +178,24 @@ class Catalog:
             database.executemany(
                 "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", [(sha256, name, value) for name, value in hashes]
             )
+
+    def block(self, sha256: bytes) -> bytes | None:
+        """The bytes that ``remember_block`` was given for the content of this SHA-256; to be checked before use."""
+        row = None
+        with self._cursor() as database:
+            row = database.execute("SELECT data FROM blocks WHERE sha256 = ?", (sha256,)).fetchone()
+        return row[0] if row and isinstance(row[0], bytes) else None
+
+    def remember_block(self, sha256: bytes, data: bytes) -> None:
+        """Keep the bytes of the content of this SHA-256 that its partial hash is taken of (``hydrafs.digests``)."""
+        with self._cursor() as database:
+            database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?)", (sha256, data))
+
+    def forget_blocks(self, kept: Iterable[bytes]) -> None:
+        """Forget the bytes of all contents but these."""
+        with self._cursor() as database:
+            known = {row[0] for row in database.execute("SELECT sha256 FROM blocks").fetchall()}
+            database.executemany("DELETE FROM blocks WHERE sha256 = ?", [(s,) for s in known.difference(kept)])
 
     def paths_of(self, sha256: bytes) -> list[Path]:
         """Where files of this SHA-256 were seen; whether they still are is for the caller to check."""

@@ -6,6 +6,7 @@ Rule: what is known is told without reading a model; a model is read only when i
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from hydrafs import containers
 from hydrafs.cache import ChunkCache
 from hydrafs.containers import safetensors
 from hydrafs.diff import DiffFile, read_hashes
-from hydrafs.digests import ADDNET, NBYTES, SHA256, Digests
+from hydrafs.digests import ADDNET, NBYTES, PARTIAL, PARTIAL_NBYTES, PARTIAL_OFFSET, SHA256, Digests, checked
 from hydrafs.errors import Changing, HydraError, VerifyFailed
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
+from hydrafs.manifest import Manifest
 from hydrafs.opening import Opener
+from hydrafs.rehydrate import Rehydrated
 from hydrafs.restore import read_blocks
 from hydrafs.store import ModelEntry, Store
 
@@ -64,6 +67,27 @@ class KnownHashes:
         if SHA256 in found and len(found) == 1:  # written before diffs held the others
             return {**self._store.catalog.hashes(found[SHA256]), **found}
         return found
+
+
+def kept_block(store: Store, manifest: Manifest) -> bytes | None:
+    """The 64 KiB at 0x100000 of a model, where the catalog has them and its diff says that they are right."""
+    wanted = checked(manifest.hashes).get(PARTIAL)
+    data = store.catalog.block(manifest.sha256) if wanted else None
+    return data if data is not None and hashlib.sha256(data).digest() == wanted else None
+
+
+def keep_block(store: Store, model: Rehydrated) -> bool:
+    """Decode the 64 KiB at 0x100000 of a model into the catalog, so that reading them decodes nothing. Whether it could
+    be done: the model is that long, and its diff knows their hash.
+
+    Raises:
+        HydraError: they cannot be read.
+    """
+    if model.size <= PARTIAL_OFFSET or PARTIAL not in checked(model.manifest.hashes):
+        return False
+    if kept_block(store, model.manifest) is None:
+        store.catalog.remember_block(model.manifest.sha256, model.pread(PARTIAL_OFFSET, PARTIAL_NBYTES))
+    return kept_block(store, model.manifest) is not None
 
 
 def missing(known: dict[str, bytes], container: str) -> list[str]:

@@ -30,8 +30,9 @@ from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Claim, Names, Version
 from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
+from hydrafs.digests import PARTIAL_NBYTES, PARTIAL_OFFSET
 from hydrafs.errors import HydraError, log_once
-from hydrafs.hashing import KnownHashes
+from hydrafs.hashing import KnownHashes, kept_block
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
 from hydrafs.opening import Opener
@@ -75,6 +76,7 @@ class OpenFile:
         self.path = path
         self._names = tree.names
         self._source = source
+        self._store = tree.store
         self._attributes = attributes
         self._reader = Reader(source, tree.pool) if isinstance(source, Rehydrated) else None
         self._claim: Claim = tree.names.claim(path, _version(place, attributes.size), identify, self.attributes)
@@ -91,6 +93,13 @@ class OpenFile:
                 log_once(log, error, "cannot read %s: %s", self._source.path, error)
                 raise
         try:
+            if offset >= PARTIAL_OFFSET and offset + out.nbytes <= PARTIAL_OFFSET + PARTIAL_NBYTES:
+                assert isinstance(self._source, Rehydrated)
+                block = kept_block(self._store, self._source.manifest)
+                if block is not None:
+                    piece = block[offset - PARTIAL_OFFSET :][: out.nbytes]
+                    out[: len(piece)] = piece
+                    return len(piece)
             return self._reader.pread_into(offset, out)
         except HydraError as error:
             log_once(log, error, "cannot read %s: %s", self.path, error)

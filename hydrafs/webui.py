@@ -24,7 +24,7 @@ from typing import Any, Literal
 from hydrafs.cache import ChunkCache
 from hydrafs.digests import ADDNET, PARTIAL, SHA256
 from hydrafs.errors import HydraError, UsageError, from_oserror
-from hydrafs.hashing import KnownHashes
+from hydrafs.hashing import KnownHashes, keep_block
 from hydrafs.layout import ByteSource
 from hydrafs.mountpoints import our_mounts
 from hydrafs.opening import Opener
@@ -62,10 +62,11 @@ class Found:
 @dataclass(slots=True)
 class Seeded:
     """What was put where: how many ``checkpoints`` and ``loras`` were given, which models have hashes that are not
-    known, and the files and folders that were written."""
+    known, of how many the ``blocks`` at 0x100000 were kept, and the files and folders that were written."""
 
     checkpoints: int = 0
     loras: int = 0
+    blocks: int = 0
     unknown: list[str] = field(default_factory=list)
     written: list[str] = field(default_factory=list)
 
@@ -148,6 +149,8 @@ def entries_of(store: Store, kind: Kind, checkpoints: Sequence[Path], loras: Seq
     told = Seeded()
     opener = Opener(store, ChunkCache(8 << 20))
     with contextlib.closing(opener):
+        if kind != "sdnext":
+            store.catalog.forget_blocks(_contents(store))
         for folder in checkpoints:
             # SD.Next lists no others, and leaves the ending out of the key.
             endings = CHECKPOINT_ENDINGS if kind != "sdnext" else (_SAFETENSORS,)
@@ -164,6 +167,7 @@ def entries_of(store: Store, kind: Kind, checkpoints: Sequence[Path], loras: Seq
                         value = {"mtime": found.mtime, "hash": hashes[PARTIAL].hex()}
                         _put(entries, "partial-hash", found.filename, value)
                     _put_metadata(entries, opener, f"checkpoint/{name}", found, without="modelspec.thumbnail")
+                    told.blocks += _keep_block(store, opener, found)
         for folder in loras:
             for found in find_models(store, folder, LORA_ENDINGS):
                 key = "lora/" + os.path.splitext(os.path.basename(found.filename))[0]
@@ -182,6 +186,22 @@ def entries_of(store: Store, kind: Kind, checkpoints: Sequence[Path], loras: Seq
                 if kind != "sdnext":
                     _put_metadata(entries, opener, key, found)
     return entries, told
+
+
+def _contents(store: Store) -> Iterator[bytes]:
+    """The SHA-256s of the dehydrated models."""
+    for entry in store.models():
+        if entry.is_diff:
+            with contextlib.suppress(HydraError):
+                yield trailer_of(entry.path).sha256
+
+
+def _keep_block(store: Store, opener: Opener, found: Found) -> bool:
+    """A1111 1.10 and Forge read these 64 KiB at every listing, whatever their caches hold."""
+    if found.entry.is_diff:
+        with contextlib.suppress(HydraError), contextlib.closing(opener.open_diff(found.entry.path)) as model:
+            return keep_block(store, model)
+    return False
 
 
 def _hash(found: Found, value: bytes, kind: Kind) -> dict[str, Any]:

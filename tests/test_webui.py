@@ -1,7 +1,8 @@
 """The caches of WebUIs after ``hydrafs hashes --webui``: what the programs read, in the way they read it.
 
 ``Reader`` is written after the sources of A1111 1.10 and its development branch, Forge and SD.Next (``hashes.py``,
-``cache.py``, ``sd_models.py``): what it may read of a model, it reads, and the tests count it.
+``cache.py``, ``sd_models.py``): what it may read of a model, it reads, and the tests count it. ``release``: A1111 1.10
+and Forge, which read the 64 KiB at 0x100000 of every checkpoint at every listing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from conftest import Filled, ModelMaker
 from mounts import Library, Mount
 
 from hydrafs.cli import main
+from hydrafs.dehydrate import Options, dehydrate
+from hydrafs.diff import DiffFile
+from hydrafs.hashing import kept_block
 from hydrafs.store import Store
+from hydrafs.vfs import StoreTree
 from hydrafs.webui import find_models, kind_of
 
 pytest_plugins = ["mounting_fixtures"]
@@ -34,7 +39,8 @@ Capture = pytest.CaptureFixture[str]
 class Reader:
     """A WebUI that lists its models. ``reads`` counts what it had to read of them, by why."""
 
-    def __init__(self, data: Path, kind: str, checkpoints: Path, loras: Path) -> None:
+    def __init__(self, data: Path, kind: str, checkpoints: Path, loras: Path, *, release: bool = False) -> None:
+        self.release = release
         self.kind, self.checkpoints, self.loras = kind, checkpoints, loras
         self.reads: list[tuple[str, str]] = []
         self._folder, self._file = data / "cache", data / "cache.json"
@@ -76,7 +82,7 @@ class Reader:
 
     def partial(self, filename: str) -> str:
         entry = self.cache("partial-hash").get(filename, {})
-        if os.path.getmtime(filename) == entry.get("mtime", 0) and entry.get("hash"):
+        if not self.release and os.path.getmtime(filename) == entry.get("mtime", 0) and entry.get("hash"):
             return str(entry["hash"])[:8]
         self.reads.append(("64 KiB", filename))
         with open(filename, "rb") as file:
@@ -210,6 +216,107 @@ def test_the_mount_decodes_nothing_for_a_seeded_listing(
     reader.list_models()
     assert ("whole file") in {why for why, _ in reader.reads}
     assert decoded(live.pid) - before > smallest
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("kind", ["a1111", "forge"])
+def test_the_64_kib_of_the_old_hash_are_served_without_decoding(
+    live: Mount, library: Library, data: Path, capsys: Capture, kind: str
+) -> None:
+    (data / "models" / "Stable-diffusion").symlink_to(live.path)
+    (data / "cache").mkdir()
+    seed(capsys, "--compute", live.root)
+    facts = seed(capsys, live.root, "--webui", data, "--kind", kind)["webui"]
+    long = [n for n in library.dehydrated() if len(library.originals[n].data) > 0x100000 and is_checkpoint(n)]
+    assert facts["blocks"] >= len(long) > 0, "links to models count as models"
+
+    def chunks() -> int:
+        """How many chunks the daemon has decoded, or found decoded."""
+        assert main(["status", str(live.path), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        return int(told["cache_misses"] + told["cache_hits"] + told["cache_waits"])
+
+    for name in long:  # what the kernel holds of them would hide what is decoded
+        with open(live.path / name, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = chunks()
+    reader = Reader(data, kind, data / "models" / "Stable-diffusion", data / "none", release=True)
+    found = reader.list_models()
+    assert {why for why, _ in reader.reads} == {"64 KiB"}
+    assert chunks() == before
+    with open(live.path / long[0], "rb") as file:
+        file.seek(0x100000 - 1)
+        file.read(1)
+    assert chunks() > before, "the count is one that can go wrong"
+    for name in long:
+        assert found[name][1] == hashlib.sha256(library.originals[name].data[0x100000:0x110000]).hexdigest()[:8]
+
+
+def is_checkpoint(name: str) -> bool:
+    return name.endswith((".safetensors", ".ckpt"))
+
+
+def long_diff(models: ModelMaker, store: Path) -> tuple[Path, bytes]:
+    """A store with one diff of a model that reaches over 0x110000; the diff, and the model's bytes."""
+    models.save(store / "base.ckpt", models.base())
+    tuned = models.save(store / "tuned.ckpt", models.tuned())
+    content = tuned.read_bytes()
+    assert len(content) > 0x110000
+    with contextlib.closing(Store(store, create=True)) as opened:
+        diff = dehydrate(opened, tuned, Options(jobs=2)).diff
+    assert diff
+    return diff, content
+
+
+def test_a_thousand_models_are_listed_without_decoding(
+    models: ModelMaker, store: Path, data: Path, capsys: Capture
+) -> None:
+    """On the tree of a mount, without FUSE: what A1111 1.10 and Forge do at each listing, once they are told."""
+    diff, content = long_diff(models, store)
+    names = [f"style-{number:04}.ckpt" for number in range(1000)]
+    for name in names:
+        os.link(diff, store / f"{name}.hydra")
+    facts = seed(capsys, store, "--webui", data, "--checkpoints", store)["webui"]
+    assert facts["blocks"] == len(names) + 1
+    tree = StoreTree(store)
+    tree.start()
+    try:
+        for name in names:
+            tree.getattr(f"/{name}")
+            with contextlib.closing(tree.open(f"/{name}", os.O_RDONLY)) as file:
+                block = bytearray(0x10000)
+                assert file.pread_into(0x100000, memoryview(block)) == len(block)
+                assert block == content[0x100000:0x110000]
+                few = bytearray(100)
+                assert file.pread_into(0x110000 - 100, memoryview(few)) == len(few)
+                assert few == content[0x110000 - 100 : 0x110000]
+        assert tree.statistics().misses == 0, "nothing was decoded"
+        with contextlib.closing(tree.open(f"/{names[0]}", os.O_RDONLY)) as file:
+            assert file.pread_into(0x100000 - 1, memoryview(bytearray(0x10000))) == 0x10000
+        assert tree.statistics().misses > 0, "the count is one that can go wrong"
+    finally:
+        tree.stop()
+
+
+def test_a_kept_block_that_is_not_the_models_is_not_served(models: ModelMaker, store: Path) -> None:
+    diff, content = long_diff(models, store)
+    with contextlib.closing(Store(store)) as opened, DiffFile(diff) as opened_diff:
+        sha256 = opened_diff.manifest.sha256
+        opened.catalog.remember_block(sha256, bytes(0x10000))
+        assert kept_block(opened, opened_diff.manifest) is None
+    tree = StoreTree(store)
+    tree.start()
+    try:
+        with contextlib.closing(tree.open("/tuned.ckpt", os.O_RDONLY)) as file:
+            block = bytearray(0x10000)
+            file.pread_into(0x100000, memoryview(block))
+            assert block == content[0x100000:0x110000]
+        tree.store.catalog.forget_blocks([sha256])
+        assert tree.store.catalog.block(sha256) == bytes(0x10000)
+        tree.store.catalog.forget_blocks([])
+        assert tree.store.catalog.block(sha256) is None
+    finally:
+        tree.stop()
 
 
 def test_what_others_have_in_the_caches_stays(filled: Filled, data: Path, capsys: Capture) -> None:

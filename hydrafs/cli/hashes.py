@@ -71,6 +71,8 @@ def command(
     say(f"{seeded['kind']}: {seeded['checkpoints']} checkpoints and {seeded['loras']} LoRAs in {webui}")
     for path in seeded["written"]:
         say(f"  {path}")
+    if seeded["blocks"]:
+        say(f"kept in the store's catalog: what {seeded['blocks']} old hashes are taken of, 64 KiB each")
     if seeded["unknown"]:
         names = ", ".join(seeded["unknown"][:3]) + (", ..." if len(seeded["unknown"]) > 3 else "")
         say(f"{len(seeded['unknown'])} of unknown hash ({names}): hydrafs hashes --compute reads them once")
@@ -110,6 +112,7 @@ def _seed(
         "kind": of,
         "checkpoints": told.checkpoints,
         "loras": told.loras,
+        "blocks": told.blocks,
         "unknown": told.unknown,
         "written": told.written,
     }
