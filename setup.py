@@ -34,6 +34,14 @@ setup(
             py_limited_api=STABLE,
             optional=True,  # no compiler: numpy computes the same
         ),
+        Extension(
+            "hydrafs._twins",
+            sources=["hydrafs/native/twins.c"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if STABLE else [],
+            extra_compile_args=UNIX_FLAGS,
+            py_limited_api=STABLE,
+            optional=True,  # no compiler: each hash is taken by itself
+        ),
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if STABLE else {},
 )

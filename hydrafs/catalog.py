@@ -12,12 +12,13 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
 from hydrafs.covered import named, reached
+from hydrafs.digests import checked
 from hydrafs.identity import FileIdentity
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,13 @@ CREATE TABLE diffs (
 """
 _SCHEMA += _DIFFS_TABLE
 _FROM_1 = f"BEGIN EXCLUSIVE;{_DIFFS_TABLE}PRAGMA user_version = 2;COMMIT;"
+_LATER = """
+CREATE TABLE IF NOT EXISTS hashes (
+    sha256 BLOB, name TEXT, value BLOB, PRIMARY KEY (sha256, name)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS blocks (sha256 BLOB PRIMARY KEY, data BLOB);
+"""
+"""Tables that a catalog of the same version may not have yet: it is not thrown away for them."""
 
 
 class TensorFacts(msgspec.Struct, array_like=True, frozen=True):
@@ -84,6 +92,9 @@ class Catalog:
         if self._database is None:
             self._database = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             self._database.executescript(_SCHEMA)
+        # A catalog that cannot be written has none of them: what is asked of them is unknown.
+        with contextlib.suppress(sqlite3.Error):
+            self._database.executescript(_LATER)
 
     def _open(self, path: Path) -> sqlite3.Connection | None:
         for attempt in range(2):
@@ -208,6 +219,38 @@ class Catalog:
                 "INSERT OR REPLACE INTO diffs VALUES (?, ?, ?, ?, ?, ?, ?)",
                 (_key(path), *self._identity(identity), msgspec.msgpack.encode(record)),
             )
+
+    def hashes(self, sha256: bytes) -> dict[str, bytes]:
+        """Other hashes of the content of this SHA-256, by name (``hydrafs.digests``)."""
+        rows: list[tuple[str, bytes]] = []
+        with self._cursor() as database:
+            rows = database.execute("SELECT name, value FROM hashes WHERE sha256 = ?", (sha256,)).fetchall()
+        return checked((name, value) for name, value in rows if isinstance(name, str) and isinstance(value, bytes))
+
+    def remember_hashes(self, sha256: bytes, hashes: Iterable[tuple[str, bytes]]) -> None:
+        """Keep other hashes of the content of this SHA-256."""
+        with self._cursor() as database:
+            database.executemany(
+                "INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", [(sha256, name, value) for name, value in hashes]
+            )
+
+    def block(self, sha256: bytes) -> bytes | None:
+        """The bytes that ``remember_block`` was given for the content of this SHA-256; to be checked before use."""
+        row = None
+        with self._cursor() as database:
+            row = database.execute("SELECT data FROM blocks WHERE sha256 = ?", (sha256,)).fetchone()
+        return row[0] if row and isinstance(row[0], bytes) else None
+
+    def remember_block(self, sha256: bytes, data: bytes) -> None:
+        """Keep the bytes of the content of this SHA-256 that its partial hash is taken of (``hydrafs.digests``)."""
+        with self._cursor() as database:
+            database.execute("INSERT OR REPLACE INTO blocks VALUES (?, ?)", (sha256, data))
+
+    def forget_blocks(self, kept: Iterable[bytes]) -> None:
+        """Forget the bytes of all contents but these."""
+        with self._cursor() as database:
+            known = {row[0] for row in database.execute("SELECT sha256 FROM blocks").fetchall()}
+            database.executemany("DELETE FROM blocks WHERE sha256 = ?", [(s,) for s in known.difference(kept)])
 
     def paths_of(self, sha256: bytes) -> list[Path]:
         """Where files of this SHA-256 were seen; whether they still are is for the caller to check."""

@@ -36,12 +36,12 @@ def made_of(diff: DiffFile) -> list[Part]:
     exact: dict[tuple[str, tuple[int, ...]], int] = {}
     if not manifest.formulas:
         return []
-    for span, (stored, _) in zip(manifest.spans, span_costs(diff), strict=True):
+    for span, cost in zip(manifest.spans, span_costs(diff), strict=True):
         if span.prediction == PREDICTION_FORMULA:
             parents, found = _weights(manifest, span)
             kind = (manifest.formulas[span.formula].label, parents)
             weights.setdefault(kind, []).append(found)
-            exact[kind] = exact.get(kind, 0) + (not stored)
+            exact[kind] = exact.get(kind, 0) + (not round(cost.stored))
     parts = []
     for (label, parents), rows in weights.items():
         names = [PurePath(manifest.parents[p].name).name for p in parents]
@@ -110,8 +110,18 @@ def _number(value: float) -> str:
     return f"{value:.6f}"
 
 
-def span_costs(diff: DiffFile) -> list[tuple[int, str]]:
-    """For each span the stored bytes of its share of its chunks, and the codecs that they use."""
+@dataclass(frozen=True, slots=True)
+class SpanCost:
+    """What a span costs: its share of the stored bytes of its chunks, how many of its bytes are in chunks of which
+    nothing is stored, and the codecs that they use."""
+
+    stored: float
+    untouched: int
+    codecs: tuple[str, ...]
+
+
+def span_costs(diff: DiffFile) -> list[SpanCost]:
+    """What each span of a diff costs, from its index."""
     manifest, table = diff.manifest, diff.table
     size = manifest.chunk_nbytes
     costs = []
@@ -119,14 +129,15 @@ def span_costs(diff: DiffFile) -> list[tuple[int, str]]:
         begin = int(table.in_section[number])
         end = begin + span.nbytes
         whole = int(table.section_nbytes[span.section])
-        stored = 0.0
+        first = int(table.first_chunk[span.section])
+        stored, untouched = 0.0, 0
         codecs: dict[str, None] = {}
         for place in range(begin // size, -(-end // size)):
-            chunk = int(table.first_chunk[span.section]) + place
             held = min(size, whole - place * size)
             mine = min(end, place * size + held) - max(begin, place * size)
-            stored += diff.chunk_nbytes[chunk] * mine / held
-            code = diff.chunk_codec[chunk]
+            stored += diff.chunk_nbytes[first + place] * mine / held
+            code = diff.chunk_codec[first + place]
+            untouched += mine if code == registry.NONE else 0
             codecs["-" if code == registry.NONE else registry.by_id(code).name] = None
-        costs.append((round(stored), ", ".join(codecs)))
+        costs.append(SpanCost(stored, untouched, tuple(codecs)))
     return costs

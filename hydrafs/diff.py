@@ -22,8 +22,9 @@ import numpy.typing as npt
 import xxhash
 import zstandard
 
+from hydrafs.digests import SHA256
 from hydrafs.errors import CorruptDiff, UnsupportedDiff, from_oserror
-from hydrafs.manifest import MAX_CHUNKS, Manifest, SpanTable, decode_manifest, encode_manifest, tabulate
+from hydrafs.manifest import MAX_CHUNKS, Manifest, SpanTable, decode_hashes, decode_manifest, encode_manifest, tabulate
 
 SUFFIX = ".hydra"
 MAGIC = b"\x89HYDRA\r\n"
@@ -175,6 +176,41 @@ def set_attributes(fd: int, where: str, *, mode: int, mtime_ns: int) -> bool:
     return True
 
 
+def _decompressed(packed: bytes, trailer: Trailer, where: str) -> bytes:
+    expected = trailer.manifest_full_nbytes
+    try:
+        declared = zstandard.get_frame_parameters(packed).content_size
+        if declared != expected:
+            raise CorruptDiff("the manifest of a diff has another length", where=where)
+        data = zstandard.ZstdDecompressor().decompress(packed, max_output_size=expected)
+    except zstandard.ZstdError as error:
+        raise CorruptDiff("the manifest of a diff cannot be read", where=where, detail=str(error)) from None
+    if len(data) != expected:
+        raise CorruptDiff("the manifest of a diff has another length", where=where)
+    return data
+
+
+def read_hashes(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The SHA-256 of a diff's model, and what other hashes the diff knows of it; nothing else of it is looked at.
+
+    Raises:
+        CorruptDiff, UnsupportedDiff, HydraError: it cannot be read.
+    """
+    where = os.fspath(path)
+    try:
+        fd = os.open(where, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            trailer = read_trailer(fd, where)
+            packed = os.pread(fd, trailer.manifest_nbytes, trailer.manifest_offset)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise from_oserror(error, "cannot read the diff", where) from error
+    if xxhash.xxh3_64_intdigest(packed) != trailer.manifest_checksum:
+        raise CorruptDiff("the manifest of a diff is damaged", where=where)
+    return {SHA256: trailer.sha256, **decode_hashes(_decompressed(packed, trailer, where), where)}
+
+
 class DiffFile:
     """An open diff: its trailer, manifest, index, and the stored payloads.
 
@@ -238,7 +274,7 @@ class DiffFile:
         packed = part(trailer.manifest_offset, trailer.manifest_nbytes)
         if xxhash.xxh3_64_intdigest(packed) != trailer.manifest_checksum:
             raise CorruptDiff("the manifest of a diff is damaged", where=self.path)
-        self.manifest: Manifest = decode_manifest(self._decompress(packed), self.path)
+        self.manifest: Manifest = decode_manifest(_decompressed(packed, trailer, self.path), self.path)
         index = part(trailer.index_offset, trailer.index_nbytes)
         if xxhash.xxh3_64_intdigest(index) != trailer.index_checksum:
             raise CorruptDiff("the index of a diff is damaged", where=self.path)
@@ -263,19 +299,6 @@ class DiffFile:
         self.chunk_nbytes: list[int] = rows["nbytes"].tolist()
         self.chunk_codec: list[int] = rows["codec"].tolist()
         self.chunk_flags: list[int] = rows["flags"].tolist()
-
-    def _decompress(self, packed: bytes) -> bytes:
-        expected = self.trailer.manifest_full_nbytes
-        try:
-            declared = zstandard.get_frame_parameters(packed).content_size
-            if declared != expected:
-                raise CorruptDiff("the manifest of a diff has another length", where=self.path)
-            data = zstandard.ZstdDecompressor().decompress(packed, max_output_size=expected)
-        except zstandard.ZstdError as error:
-            raise CorruptDiff("the manifest of a diff cannot be read", where=self.path, detail=str(error)) from None
-        if len(data) != expected:
-            raise CorruptDiff("the manifest of a diff has another length", where=self.path)
-        return data
 
     def _exactly(self, offset: int, nbytes: int) -> bytes:
         data = os.pread(self.fd, nbytes, offset)

@@ -1,13 +1,12 @@
 """Coding a model chunk by chunk, in one pass over its bytes.
 
-Plan: one thread reads the model in file order and takes its SHA-256; full chunks go to a pool that predicts, codes and
-checks-sums them; what comes back is written in the order it was sent.
+Plan: one thread reads the model in file order, others take its hashes; full chunks go to a pool that predicts,
+codes and checks-sums them; what comes back is written in the order it was sent.
 Rule: what is in memory at once is bounded: one part-filled chunk per open section, and a few chunks per worker.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +20,9 @@ import xxhash
 from hydrafs import predictors
 from hydrafs.choosing import read_chunk
 from hydrafs.codecs import registry
+from hydrafs.containers import safetensors
 from hydrafs.diff import FLAG_NARROWED, FLAG_UNPREDICTED, DiffWriter
+from hydrafs.digests import Digests
 from hydrafs.dtypes import DTYPES
 from hydrafs.errors import Changing, ParentChanged
 from hydrafs.layout import ByteSource
@@ -143,7 +144,7 @@ def encode_model(
     """Code all of ``source`` into the ``DiffWriter`` that ``writer(chunk_count)`` gives, and finish the diff.
 
     Args:
-        manifest: as it will be, save for the SHA-256 and for spans that turn out to be the very bytes of their parent.
+        manifest: as it will be, save for the hashes and for spans that turn out to be the very bytes of their parent.
         last: gives the parents as they are to be written, when all chunks are; what it raises ends it all.
         jobs: how many threads code.
         progress: is told how many more bytes of the model were read.
@@ -170,10 +171,10 @@ def encode_model(
     filling: dict[int, bytearray] = {}
     sent = [0] * len(plan.sections)
     left = table.section_nbytes.tolist()
-    digest = hashlib.sha256()
+    hashes = Digests(safetensors=manifest.container == safetensors.CONTAINER)
 
     def taken(block: bytes | npt.NDArray[np.uint8], section: int) -> None:
-        digest.update(block)
+        hashes.update(block)
         left[section] -= len(block)
         if progress:
             progress(len(block))
@@ -187,7 +188,7 @@ def encode_model(
         while len(pending) > 3 * jobs + 2:
             write_one()
 
-    with ThreadPoolExecutor(jobs, "hydrafs-encode") as pool:
+    with hashes, ThreadPoolExecutor(jobs, "hydrafs-encode") as pool:
         try:
             for number, span in enumerate(plan.spans):
                 section = span.section
@@ -215,6 +216,7 @@ def encode_model(
                     offset += count
             while pending:
                 write_one()
+            sha256, others = hashes.finish()
         except BaseException:
             for _, future in pending:
                 future.cancel()
@@ -226,7 +228,7 @@ def encode_model(
         for number, span in enumerate(plan.spans)
     )
     known = last() if last else manifest.parents
-    complete = msgspec.structs.replace(manifest, spans=spans, sha256=digest.digest(), parents=known)
+    complete = msgspec.structs.replace(manifest, spans=spans, sha256=sha256, parents=known, hashes=others)
     output.finish(complete)
     return complete
 

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING
 from hydrafs.attributes import Attributes
 from hydrafs.coherence import Claim, Version
 from hydrafs.diff import Trailer, read_trailer
+from hydrafs.digests import PARTIAL_NBYTES, PARTIAL_OFFSET
 from hydrafs.errors import HydraError, log_once
+from hydrafs.hashing import kept_block
 from hydrafs.identity import FileIdentity
 from hydrafs.readahead import Reader
 from hydrafs.rehydrate import Rehydrated
@@ -164,6 +166,13 @@ class OpenFile:
                 log_once(log, error, "cannot read %s: %s", source.path, error)
                 raise
         try:
+            if offset >= PARTIAL_OFFSET and offset + out.nbytes <= PARTIAL_OFFSET + PARTIAL_NBYTES:
+                assert isinstance(source, Rehydrated)
+                block = kept_block(self._catalog, source.manifest)
+                if block is not None:
+                    piece = block[offset - PARTIAL_OFFSET :][: out.nbytes]
+                    out[: len(piece)] = piece
+                    return len(piece)
             return reader.pread_into(offset, out)
         except HydraError as error:
             log_once(log, error, "cannot read %s: %s", self.path, error)

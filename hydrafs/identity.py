@@ -14,7 +14,7 @@ from hydrafs.layout import ByteSource
 
 PROBE_BLOCKS = 32
 PROBE_BLOCK_NBYTES = 4096
-_READ_NBYTES = 4 << 20
+_READ_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hydrafs.codecs import registry
+from hydrafs.digests import checked
 from hydrafs.dtypes import DTYPES
 from hydrafs.errors import BadModel, CorruptDiff, HydraError, UnsupportedDiff
 from hydrafs.formulas import MAX_OPERANDS, Formula, operand_elements, result_dtype
@@ -115,6 +116,8 @@ class Manifest(msgspec.Struct, array_like=True, frozen=True):
     metadata: tuple[tuple[str, str], ...] = ()
     writer: str = ""
     formulas: tuple[Formula, ...] = ()
+    hashes: tuple[tuple[str, bytes], ...] = ()
+    """By name, other hashes of the model (``hydrafs.digests``): what the writer took of the bytes that it coded."""
 
 
 class _Outline(msgspec.Struct, array_like=True):
@@ -134,6 +137,7 @@ class _Outline(msgspec.Struct, array_like=True):
     metadata: msgspec.Raw = msgspec.Raw(b"\x90")
     writer: str = ""
     formulas: msgspec.Raw = msgspec.Raw(b"\x90")
+    hashes: msgspec.Raw = msgspec.Raw(b"\x90")
 
 
 class _Required(msgspec.Struct, array_like=True):
@@ -166,7 +170,22 @@ def decode_manifest(data: bytes, where: str) -> Manifest:
         _bound(outline.spans, MAX_SPANS, "spans", where)
         _bound(outline.metadata, _MAX_STRINGS, "strings", where)
         _bound(outline.formulas, MAX_FORMULAS, "formulas", where)
+        _bound(outline.hashes, _MAX_STRINGS, "hashes", where)
         return msgspec.msgpack.decode(data, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CorruptDiff("the manifest of a diff cannot be read", where=where, detail=str(error)) from None
+
+
+def decode_hashes(data: bytes, where: str) -> dict[str, bytes]:
+    """The hashes alone of a manifest, its lists of spans passed over; those that are known here.
+
+    Raises:
+        CorruptDiff: it is no manifest.
+    """
+    try:
+        hashes = msgspec.msgpack.decode(data, type=_Outline).hashes
+        _bound(hashes, _MAX_STRINGS, "hashes", where)
+        return checked(msgspec.msgpack.decode(hashes, type=tuple[tuple[str, bytes], ...]))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CorruptDiff("the manifest of a diff cannot be read", where=where, detail=str(error)) from None
 
@@ -357,6 +376,7 @@ __all__ = [
     "Section",
     "SpanRecord",
     "SpanTable",
+    "decode_hashes",
     "decode_manifest",
     "encode_manifest",
     "origin_nbytes",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from hydrafs.cache import ChunkCache
 from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
 from hydrafs.diff import TRAILER_NBYTES, XATTR_ATTRIBUTES, DiffWriter, read_trailer, set_attributes
+from hydrafs.digests import AHEAD, Lane
 from hydrafs.encode import encode_model
 from hydrafs.errors import AlreadyThere, NoSpace, UsageError, VerifyFailed, from_oserror
 from hydrafs.manifest import PREDICTION_SAME, PREDICTION_TENSOR
@@ -38,18 +40,31 @@ _CACHE_NBYTES = 96 << 20
 def read_all(model: Rehydrated, take: Callable[[memoryview], object], progress: Progress | None = None) -> bytes:
     """Give every byte of ``model`` to ``take`` in order, decoding ahead on all cores; their SHA-256."""
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_READ_NBYTES))
+    with contextlib.closing(Lane("sha256")) as lane:
+
+        def taken(block: memoryview) -> None:
+            lane.take(digest.update, block)
+            take(block)
+
+        read_blocks(model, taken, progress)
+        lane.drain()
+    return digest.digest()
+
+
+def read_blocks(model: Rehydrated, take: Callable[[memoryview], object], progress: Progress | None = None) -> None:
+    """``read_all`` without the SHA-256. A block stands while ``AHEAD`` more are given, as lanes need it."""
+    blocks = [memoryview(bytearray(_READ_NBYTES)) for _ in range(AHEAD + 1)]
     position = 0
     with contextlib.closing(DecodePool()) as pool:
         reader = Reader(model, pool)
-        while position < model.size:
-            count = reader.pread_into(position, buffer)
-            digest.update(buffer[:count])
-            take(buffer[:count])
+        for block in itertools.cycle(blocks):
+            if position >= model.size:
+                break
+            count = reader.pread_into(position, block)
+            take(block[:count])
             position += count
             if progress:
                 progress(count)
-    return digest.digest()
 
 
 def prove(store: Store, diff: Path, progress: Progress | None = None, digest: bytes | None = None) -> bytes:

@@ -33,6 +33,7 @@ from hydrafs.covered import cover
 from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError, log_once
 from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attributes
+from hydrafs.hashing import KnownHashes
 from hydrafs.helper import Helper
 from hydrafs.identity import FileIdentity
 from hydrafs.keeping import KeptLinks, recover
@@ -43,7 +44,7 @@ from hydrafs.store import Store, is_private, listed_name
 
 log = logging.getLogger(__name__)
 
-XATTR_SHA256 = "user.hash.sha256"
+XATTR_HASH = "user.hash."
 XATTR_PREFIX = "user.hydrafs."
 XATTR_PATH = XATTR_PREFIX + "path"
 """Where a file or folder of the mount stands in the store. Answered, and not listed: a copy must not carry it along."""
@@ -85,6 +86,7 @@ class StoreTree:
     cache: ChunkCache
     pool: DecodePool
     opener: Opener
+    hashes: KnownHashes
 
     def __init__(
         self,
@@ -128,6 +130,7 @@ class StoreTree:
         self.cache = ChunkCache(self._cache_nbytes)
         self.pool = DecodePool()
         self.opener = Opener(self.store, self.cache, background=True)
+        self.hashes = KnownHashes(self.store)
         if self._helper is not None:
             self._helper.start(self._covered)
 
@@ -312,19 +315,16 @@ class StoreTree:
         """The attributes that hydrafs adds to a file."""
         if not stat.S_ISREG(place.stat.st_mode):
             return {}
+        known = self.hashes.of(Path(place.real), place.stat, is_diff=place.is_diff)
+        facts = {XATTR_HASH + hash_name: value.hex() for hash_name, value in known.items()}
         if not place.is_diff:
-            known = self.store.catalog.sha256(Path(place.real), FileIdentity.of(place.stat))
-            return (
-                {XATTR_SHA256: known.hex(), XATTR_PREFIX + "state": "plain"}
-                if known
-                else {XATTR_PREFIX + "state": "plain"}
-            )
+            return {**facts, XATTR_PREFIX + "state": "plain"}
         trailer = self.trailer(place)
         if trailer is None:
             return {XATTR_PREFIX + "state": "damaged"}
         stored = place.stat.st_size
         return {
-            XATTR_SHA256: trailer.sha256.hex(),
+            **facts,
             XATTR_PREFIX + "state": "dehydrated",
             XATTR_PREFIX + "stored_size": str(stored),
             XATTR_PREFIX + "ratio": f"{stored / trailer.size:.4f}" if trailer.size else "1.0000",
@@ -356,7 +356,7 @@ class StoreTree:
                 state = self.opener.state_of(diff.manifest.parents)
                 if state:
                     return state.encode()
-        if name == XATTR_SHA256 or name.startswith(XATTR_PREFIX):
+        if name.startswith((XATTR_HASH, XATTR_PREFIX)):
             value = self._facts(place).get(name)
             if value is not None:
                 return value.encode("utf-8", "surrogateescape")

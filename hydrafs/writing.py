@@ -28,7 +28,7 @@ from hydrafs.handles import OpenFile, PlainFile
 from hydrafs.keeping import before_overwrite, remove_diff, remove_model, rename_model
 from hydrafs.restore import carry_over, change_attributes, rehydrate
 from hydrafs.store import ModelEntry, TemporaryFile, fsync_folder, is_private
-from hydrafs.vfs import XATTR_PREFIX, XATTR_SHA256, Place, StoreTree
+from hydrafs.vfs import XATTR_HASH, XATTR_PREFIX, Place, StoreTree
 
 log = logging.getLogger("hydrafs.vfs")
 
@@ -425,7 +425,7 @@ class WritableTree(StoreTree):
         os.removexattr(place.real, name, follow_symlinks=place.departed is not None)
 
     def _check_xattr(self, path: str, name: str) -> None:
-        if name == XATTR_SHA256 or name.startswith((XATTR_PREFIX, "system.", "security.")):
+        if name.startswith((XATTR_HASH, XATTR_PREFIX, "system.", "security.")):
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
 
 

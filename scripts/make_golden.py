@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import blake3
 import xxhash
 import zstandard
 
@@ -116,6 +117,8 @@ class Diff:
     spans: list[Span]
     parents: list[tuple[str, bytes]] = field(default_factory=list)
     chunks: dict[tuple[int, int], tuple[bytes, int, int]] = field(default_factory=dict)
+    container: str = "opaque"
+    hashes: list[tuple[str, bytes]] = field(default_factory=list)
 
     def section(self, number: int) -> bytes:
         """The bytes of a section: those of its spans, one after another."""
@@ -151,13 +154,14 @@ class Diff:
                 digest,
                 MODE,
                 MTIME_NS,
-                "opaque",
+                self.container,
                 CHUNK,
                 [[hashlib.sha256(d).digest(), len(d), n, probe(d)] for n, d in self.parents],
                 [[dtype, codec, narrow, b""] for dtype, codec, narrow in self.sections],
                 [span.row() for span in self.spans],
                 [["written by", "scripts/make_golden.py"]],
                 "make_golden 1",
+                *([[], self.hashes] if self.hashes else []),
             ]
         )
         packed = frame(manifest)
@@ -404,6 +408,28 @@ def main(folder: Path) -> None:
         diff.chunks[1, i] = (planes(known_half[i * CHUNK : i * CHUNK + len(c)], c, 2), PLANES, 0)
     for i, c in enumerate(diff.cut(2)):
         diff.chunks[2, i] = (c, RAW, UNPREDICTED)
+    diff.write(folder)
+
+    # Other hashes of the model. A file with something at 0x100000 would be large: what is hashed there is nothing. Then
+    # a name that no reader knows, and a value of another size.
+    header = b'{"w":{"dtype":"F16","shape":[3000],"data_offsets":[0,6000]}}'
+    model = struct.pack("<Q", len(header)) + header + half
+    diff = Diff(
+        "hashes.safetensors",
+        model,
+        [("", ZSTD, ""), ("F16", PLANES, "")],
+        [Span(8 + len(header), 0), Span(len(half), 1, "w", (3000,))],
+        container="safetensors",
+        hashes=[
+            ("addnet_sha256", hashlib.sha256(half).digest()),
+            ("blake3", blake3.blake3(model).digest()),
+            ("md5", hashlib.md5(model, usedforsecurity=False).digest()),
+            ("partial_sha256", hashlib.sha256(model[0x100000:0x110000]).digest()),
+            ("partial_sha256", b"short"),
+        ],
+    )
+    diff.chunks = {(0, i): (frame(c), ZSTD, 0) for i, c in enumerate(diff.cut(0))}
+    diff.chunks |= {(1, i): (planes(None, c, 2), PLANES, 0) for i, c in enumerate(diff.cut(1))}
     diff.write(folder)
 
 

@@ -8,6 +8,7 @@
 ``store``   an empty folder, ``tmp_path / "store"``.
 ``filled``  a ``Filled``: a store folder with ``base.safetensors`` and ``tuned.safetensors`` (fp16) in it, the bytes of
             the second, and ``filled.dehydrate()`` which turns it into a diff in small chunks.
+``make_old``  a function that takes the hashes out of a diff, as diffs were before they held any.
 ``at_end``  a ``contextlib.ExitStack`` that is unwound when the test ends.
 
 A test that logs a WARNING or worse under ``hydrafs`` fails, unless it takes ``caplog`` or says
@@ -23,16 +24,18 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
 from hydrafs.dehydrate import Options, Outcome, dehydrate
+from hydrafs.diff import DiffFile, DiffWriter
 from hydrafs.store import Store
 
 Tensors = dict[str, torch.Tensor]
@@ -199,3 +202,23 @@ def filled(models: ModelMaker, store: Path) -> Filled:
 def at_end() -> Iterator[contextlib.ExitStack]:
     with contextlib.ExitStack() as stack:
         yield stack
+
+
+@pytest.fixture
+def make_old() -> Callable[[Path], None]:
+    """See the top of this file."""
+
+    def make(path: Path) -> None:
+        with DiffFile(path) as diff:
+            manifest = msgspec.structs.replace(diff.manifest, hashes=())
+            rows = [
+                (diff.payload(i), diff.chunk_codec[i], diff.chunk_flags[i], diff.chunk_checksum[i])
+                for i in range(diff.table.chunk_count)
+            ]
+        with path.open("wb") as file:
+            writer = DiffWriter(file, len(rows))
+            for number, row in enumerate(rows):
+                writer.append(number, *row)
+            writer.finish(manifest)
+
+    return make

@@ -181,6 +181,8 @@ def test_info(run: Run, dehydrated: Filled) -> None:
         assert facts["state"] == "dehydrated"
         assert facts["sha256"] == dehydrated.sha256.hex()
         assert facts["container"] == "safetensors"
+        assert set(facts["hashes"]) == {"sha256", "blake3", "addnet_sha256", "partial_sha256"}
+        assert facts["hashes"]["sha256"] == facts["sha256"]
         spans = {s["name"]: s for s in facts["spans"]}
         assert spans["frozen.weight"]["prediction"] == "same, base.safetensors"
         assert spans["frozen.weight"]["stored"] == 0
@@ -189,6 +191,7 @@ def test_info(run: Run, dehydrated: Filled) -> None:
         assert sum(s["size"] for s in facts["spans"]) == facts["size"]
         assert abs(sum(s["stored"] for s in facts["spans"]) - facts["stored"]) < 4000
     text = good(run("info", dehydrated.tuned)).out
+    assert f"BLAKE3 {facts['hashes']['blake3']}\n" in text
     assert "up.weight\tF16\t512x96\t" in text
     plain = good(run("info", "--json", dehydrated.base)).json
     assert plain["state"] == "plain"

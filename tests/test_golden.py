@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from conftest import ModelMaker, Tensors
 
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
-from hydrafs.diff import DiffFile
+from hydrafs.diff import DiffFile, read_hashes
 from hydrafs.manifest import PREDICTION_SAME, SELF
 from hydrafs.opening import Opener
 from hydrafs.restore import prove
@@ -27,8 +28,8 @@ from hydrafs.store import Store, trailer_of
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = [
-    "cast.bin", "group.bin", "narrow.bin", "planes-alone.bin", "planes-tensor.bin", "raw.bin", "same.bin", "self.bin",
-    "zstd.bin",
+    "cast.bin", "group.bin", "hashes.safetensors", "narrow.bin", "planes-alone.bin", "planes-tensor.bin", "raw.bin",
+    "same.bin", "self.bin", "zstd.bin",
 ]  # fmt: skip
 
 
@@ -125,3 +126,16 @@ def test_the_golden_parent_is_recognised_by_its_samples(golden: Path) -> None:
         (golden / "renamed.ckpt").write_bytes(other)
     with contextlib.closing(Store(golden)) as store, pytest.raises(Exception, match="has changed"):
         prove(store, golden / "same.bin.hydra")
+
+
+def test_the_golden_hashes_are_told(golden: Path) -> None:
+    """Those with a name and a size that are known, as hashlib and BLAKE3 take them of the model."""
+    model = (golden / "hashes.safetensors.expected").read_bytes()
+    data_offset = 8 + int.from_bytes(model[:8], "little")
+    assert read_hashes(golden / "hashes.safetensors.hydra") == {
+        "sha256": hashlib.sha256(model).digest(),
+        "blake3": blake3(model).digest(),
+        "addnet_sha256": hashlib.sha256(model[data_offset:]).digest(),
+        "partial_sha256": hashlib.sha256(b"").digest(),
+    }
+    assert read_hashes(golden / "same.bin.hydra").keys() == {"sha256"}, "a diff of before"

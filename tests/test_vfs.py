@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from conftest import Filled, ModelMaker
 from mounts import Library, eventually, put
 
@@ -253,9 +255,13 @@ def test_statfs_is_the_stores_disk(tree: StoreTree, tmp_path: Path) -> None:
 
 def test_xattrs(tree: StoreTree, library: Library, tmp_path: Path) -> None:
     name = "half.safetensors"
+    data = library.originals[name].data
     stored = (tmp_path / "library" / (name + ".hydra")).stat().st_size
     wanted = {
         "user.hash.sha256": library.originals[name].sha256,
+        "user.hash.addnet_sha256": hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest(),
+        "user.hash.blake3": blake3(data).hexdigest(),
+        "user.hash.partial_sha256": hashlib.sha256(data[0x100000:0x110000]).hexdigest(),
         "user.hydrafs.state": "dehydrated",
         "user.hydrafs.stored_size": str(stored),
         "user.hydrafs.ratio": f"{stored / len(library.originals[name].data):.4f}",

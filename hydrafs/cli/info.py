@@ -3,41 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from typing import Any
 
 import click
 
 from hydrafs import containers
+from hydrafs.changes import parts_of
 from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table, say
+from hydrafs.cli.plotting import plot
 from hydrafs.composition import formula_text, made_of, span_costs
 from hydrafs.diff import DiffFile
-from hydrafs.identity import FileIdentity
+from hydrafs.digests import SHA256, TITLES
+from hydrafs.errors import UsageError
+from hydrafs.hashing import KnownHashes
 from hydrafs.layout import FileSource
 from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, PREDICTION_SAME, SELF
-from hydrafs.store import ModelEntry, Store
+from hydrafs.store import ModelEntry
 
 
 @click.command("info", short_help="What a model is made of, per tensor.")
 @click.argument("model", metavar="MODEL")
+@click.option("--plot", "as_plot", is_flag=True, help="Show which layers differ from the base, block by block.")
 @json_option
-def command(model: str, as_json: bool) -> None:
-    """Show what MODEL holds: sizes, parents, and for each tensor what predicts it and what it costs."""
+def command(model: str, as_plot: bool, as_json: bool) -> None:
+    """Show what MODEL holds: sizes, parents, and for each tensor what predicts it and what it costs.
+
+    --plot shows instead, for each block of the network and each kind of layer, how much of it had to be stored.
+    """
     store, entry = find_model(model)
     with contextlib.closing(store):
-        facts = _diff_facts(entry) if entry.is_diff else _plain_facts(store, entry)
+        facts = _diff_facts(entry) if entry.is_diff else _plain_facts(entry)
+        known = KnownHashes(store).of(entry.path, entry.path.stat(), is_diff=entry.is_diff)
+        facts["hashes"] = {name: value.hex() for name, value in known.items()}
+        facts["sha256"] = facts["hashes"].get(SHA256, "")
     if as_json:
         print_json(facts)
         return
     say(f"{facts['name']}: {facts['container']}, {human(facts['size'])}, {facts['state']}")
-    if facts["sha256"]:
-        say(f"SHA-256 {facts['sha256']}")
+    for name, value in facts["hashes"].items():
+        say(f"{TITLES[name]} {value}")
     if entry.is_diff:
         say(f"stored in {facts['diff']}: {human(facts['stored'])} ({percent(facts['stored'], facts['size'])})")
         for line in facts["made_of"]:
             say(f"made of {line}")
         for parent in facts["parents"]:
             say(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
+    if as_plot:
+        if not entry.is_diff:
+            raise UsageError("a full file differs from nothing", where=entry.path, remedy="name a dehydrated model")
+        with DiffFile(entry.path) as diff:
+            plot(parts_of(diff))
+        return
     rows = [
         [
             t["name"] or "(literal bytes)",
@@ -54,17 +70,15 @@ def command(model: str, as_json: bool) -> None:
     print_table(["tensor", "dtype", "shape", "size", "stored", "ratio", "prediction", "codec"], rows, right=(3, 4, 5))
 
 
-def _plain_facts(store: Store, entry: ModelEntry) -> dict[str, Any]:
+def _plain_facts(entry: ModelEntry) -> dict[str, Any]:
     with FileSource(entry.path) as source:
         layout = containers.parse(source, entry.path.name)
-        digest = store.catalog.sha256(entry.path, FileIdentity.of(os.fstat(source.fd)))
     return {
         "name": entry.name,
         "state": "plain",
         "container": layout.container,
         "size": layout.size,
         "stored": layout.size,
-        "sha256": digest.hex() if digest else "",
         "parents": [],
         "made_of": [],
         "spans": [_span(s.name, s.dtype, s.shape, s.nbytes, s.nbytes, "-", "-") for s in layout.tensors],
@@ -76,7 +90,8 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
         manifest = diff.manifest
         spans = []
         literal_size = literal_stored = 0
-        for number, (stored, codecs) in enumerate(span_costs(diff)):
+        for number, cost in enumerate(span_costs(diff)):
+            stored, codecs = round(cost.stored), ", ".join(cost.codecs)
             span = manifest.spans[number]
             section = manifest.sections[span.section]
             if not section.dtype:
@@ -101,7 +116,6 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
             "diff": str(entry.path),
             "size": manifest.size,
             "stored": diff.size,
-            "sha256": manifest.sha256.hex(),
             "mode": manifest.mode,
             "mtime_ns": manifest.mtime_ns,
             "chunk_size": manifest.chunk_nbytes,
