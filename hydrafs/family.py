@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hydrafs import composition
 from hydrafs.changes import Part, Share, parts_of, shares_of
 from hydrafs.diff import DiffFile
 from hydrafs.errors import HydraError, printable
@@ -22,7 +24,7 @@ class Member:
 
     ``state`` is what it is: ``base`` or ``plain`` (full files, needed by others or not), ``fine-tune``, ``merge``,
     ``missing``, ``damaged``, or ``more``: a row that stands for several. ``parents`` are the members that it is
-    predicted by, with how much of each; ``stored_ns`` is when its diff was written.
+    predicted by, with how much of each; ``stored_ns`` is when its diff was written; ``recipes`` are its formulas.
     """
 
     key: str
@@ -35,6 +37,7 @@ class Member:
     parents: list[tuple[Member, Share]] = field(default_factory=list)
     children: list[Member] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    recipes: list[composition.Part] = field(default_factory=list)
 
     @property
     def saved(self) -> int:
@@ -44,17 +47,23 @@ class Member:
     @property
     def mixture(self) -> str:
         """What it is made of, with the weights where they are known."""
-        terms = []
-        for parent, share in self.parents:
-            if math.isnan(share.weight):
-                terms.append(parent.name)
-            elif share.most - share.least > 0.005:
-                terms.append(f"{share.least:.2f} to {share.most:.2f} × {parent.name}")
-            elif self.state == "merge":
-                terms.append(f"{share.weight:.2f} × {parent.name}")
+        return self.mixture_of(lambda name: name)
+
+    def mixture_of(self, shown: Callable[[str], str]) -> str:
+        """The same, each parent's name as ``shown`` shows it."""
+        if self.state != "merge":
+            return ", ".join(shown(parent.name) for parent, _ in self.parents)
+        text = ""
+        for parent, share in sorted(self.parents, key=lambda p: p[1].weight < 0):
+            name, weight = shown(parent.name), share.weight
+            if not math.isnan(weight) and share.most - share.least > 0.005:
+                sign, term = "+", f"{share.least:.2f} to {share.most:.2f} × {name}"
+            elif math.isnan(weight) or f"{abs(weight):.2f}" == "1.00":
+                sign, term = "−" if weight < 0 else "+", name
             else:
-                terms.append(parent.name)
-        return " + ".join(terms) if self.state == "merge" else ", ".join(terms)
+                sign, term = "−" if weight < 0 else "+", f"{abs(weight):.2f} × {name}"
+            text += f" {sign} {term}" if text else f"−{term}" if sign == "−" else term
+        return text
 
 
 def family_of(store: Store) -> list[Member]:
@@ -105,6 +114,7 @@ def _member(store: Store, entry: ModelEntry) -> tuple[Member, list[tuple[bytes, 
                 entry,
                 stat.st_mtime_ns,
                 parts=parts_of(diff),
+                recipes=composition.made_of(diff),
             )
             return member, [(p.sha256, p.name, p.size) for p in manifest.parents], shares_of(diff)
     except (HydraError, OSError):

@@ -8,10 +8,11 @@ Matplotlib is an optional dependency (``hydrafs[report]``): whoever imports this
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from html import escape
 from typing import Any
 
@@ -154,7 +155,7 @@ def legend() -> str:
     def draw(figure: Any) -> None:
         axes = _plain_axes(figure, height)
         width = _WIDTH / (len(LEVELS) + 1)
-        names = ["0", *(f"≤{100 * bound:.0f}" for bound in LEVELS[1:]), f">{100 * LEVELS[-1]:.0f}"]
+        names = ["0", *(f"≤{100 * bound:.0f}" for bound in LEVELS[1:]), f">{100 * LEVELS[-1]:.0f} %"]
         for level, name in enumerate(names):
             _rectangles(axes, [(level * width, 0, width - 1, 14)], f"heat-{level}")
             axes.text((level + 0.5) * width, 19, name, ha="center", va="top", color=_NAMED["quiet"])
@@ -162,49 +163,61 @@ def legend() -> str:
     return _drawn(height, "Colours from nothing stored, to more than 60 % of a layer's size stored", draw)
 
 
-def family_tree(rows: Sequence[tuple[int, Member]], alternative: str) -> str:
-    """The family: a row per model, indented below what predicts most of it; thin lines from a merge's other parents."""
-    row, step, left = 22.0, 15.0, 10.0
-    height = row * len(rows) + 6
-    place = {member.key: (left + min(depth, 8) * step, 14 + row * n) for n, (depth, member) in enumerate(rows)}
+def family_tree(rows: Sequence[tuple[int, Member]], about: Callable[[Member], str], alternative: str) -> str:
+    """The family: two lines per model, its name and what there is to say ``about`` it, below what predicts most of it.
+
+    On the right are lines to a merge from its other parents, the thicker the more of them is in it.
+    """
+    row, step, left, gutter = 36.0, 15.0, 10.0, _WIDTH - 34.0
+    height = row * len(rows) + 4
+    place = {member.key: (left + min(depth, 6) * step, 12 + row * n) for n, (depth, member) in enumerate(rows)}
 
     def draw(figure: Any) -> None:
         axes = _plain_axes(figure, height)
-        trunk: tuple[list[tuple[float, float]], list[Any]] = ([], [])
-        others: tuple[list[tuple[float, float]], list[Any]] = ([], [])
+
+        def line(points: Sequence[tuple[float, float]], code: Any, colour: str, width: float, style: str = "-") -> None:
+            outline = Outline(points, [Outline.MOVETO, *[code] * (len(points) - 1)])
+            axes.add_patch(
+                PathPatch(outline, facecolor="none", edgecolor=_NAMED[colour], lw=width, ls=style, clip_on=False)
+            )
+
+        joined: set[str] = set()
         for _, member in rows:
             x, y = place[member.key]
-            for number, (parent, _) in enumerate(member.parents):
+            for number, (parent, share) in enumerate(member.parents):
                 if parent.key not in place:
                     continue
                 px, py = place[parent.key]
-                points, codes = trunk if number == 0 else others
                 if number == 0:
-                    points += [(px, py), (px, y), (x, y)]
-                    codes += [Outline.MOVETO, Outline.LINETO, Outline.LINETO]
-                else:
-                    edge = _WIDTH - 4.0 * number
-                    points += [(_WIDTH - 26, py), (edge, py), (edge, y), (_WIDTH - 26, y)]
-                    codes += [Outline.MOVETO, Outline.CURVE4, Outline.CURVE4, Outline.CURVE4]
-        for (points, codes), colour, width in ((others, "merge", 0.8), (trunk, "line", 1.2)):
-            if points:
-                outline = Outline(points, codes)
-                axes.add_patch(PathPatch(outline, facecolor="none", edgecolor=_NAMED[colour], lw=width, clip_on=False))
+                    line([(px, py + 6), (px, y), (x - 5, y)], Outline.LINETO, "line", 1.2)
+                    continue
+                joined |= {parent.key, member.key}
+                bend = gutter + min(36.0, 9 + abs(y - py) / 9)
+                weight = 0.5 if math.isnan(share.weight) else min(1.0, abs(share.weight))
+                start, end = (gutter, py), (gutter + 3, y)
+                line([start, (bend, py), (bend, y), end], Outline.CURVE4, "merge", 0.6 + 1.8 * weight)
+                axes.plot(*start, "o", ms=3, color=_NAMED["merge"], clip_on=False)
+                axes.plot(gutter + 1.5, y, "<", ms=5, color=_NAMED["merge"], clip_on=False)
         for _, member in rows:
             x, y = place[member.key]
             if member.state == "more":
                 axes.text(x + 10, y, member.name, va="center", color=_NAMED["quiet"], fontstyle="italic")
                 continue
-            colour = _NAMED[_STATE_COLOURS[member.state]]
             full = member.state in ("base", "plain")
             axes.plot(
-                [x], [y], "s" if full else "o", ms=8 if full else 7, color=colour, mec=_NAMED["paper"], clip_on=False
-            )
-            room = int((_WIDTH - 36 - x) / 5.6)
-            name = shortened(member.name, room)
-            axes.text(
-                x + 10, y, name, va="center", color=_NAMED["bad" if member.state in ("missing", "damaged") else "ink"]
-            )
+                [x], [y], "s" if full else "o", ms=8 if full else 7, color=_NAMED[_STATE_COLOURS[member.state]],
+                mec=_NAMED["paper"], clip_on=False,
+            )  # fmt: skip
+            name = shortened(member.name, int((gutter - 14 - x) / 5.7))
+            bad = member.state in ("missing", "damaged")
+            axes.text(x + 10, y, name, va="center", color=_NAMED["bad" if bad else "ink"])
+            what = shortened(about(member), int((gutter - 14 - x) / 4.9))
+            colour = {"merge": "merge", "missing": "bad", "damaged": "bad"}.get(member.state, "quiet")
+            axes.text(x + 10, y + 13, what, va="center", fontsize=8.5, color=_NAMED[colour])
+            if member.key in joined:
+                begin = x + 18 + 5.7 * len(name)
+                if begin < gutter - 4:
+                    line([(begin, y), (gutter - 3, y)], Outline.LINETO, "line", 0.9, ":")
 
     return _drawn(height, alternative, draw)
 
@@ -219,9 +232,14 @@ def bars(members: Sequence[Member], human: Callable[[float], str], alternative: 
         axes = _plain_axes(figure, height)
         scale = (_WIDTH - 70) / largest
         full = [(0.0, 14 + row * n, m.size * scale, 9.0) for n, m in enumerate(members)]
-        kept = [(0.0, 14 + row * n, max(1.0, m.stored * scale), 9.0) for n, m in enumerate(members)]
         _rectangles(axes, full, "heat-0")
-        _rectangles(axes, kept, "tune")
+        for colour in ("tune", "merge"):
+            kept = [
+                (0.0, 14 + row * n, max(1.5, m.stored * scale), 9.0)
+                for n, m in enumerate(members)
+                if _STATE_COLOURS[m.state] == colour
+            ]
+            _rectangles(axes, kept, colour)
         for n, member in enumerate(members):
             axes.text(0, 11 + row * n, shortened(member.name, 56), va="bottom")
             saved = f"−{human(member.saved)}"
@@ -232,29 +250,35 @@ def bars(members: Sequence[Member], human: Callable[[float], str], alternative: 
 
 def over_time(members: Sequence[Member], human: Callable[[float], str], alternative: str) -> str:
     """What was saved up to each time that a diff was written."""
-    height = 190.0
+    height = 200.0
     ordered = sorted((m for m in members if m.stored_ns), key=lambda m: m.stored_ns)
 
     def draw(figure: Any) -> None:
-        axes = figure.add_axes((0.15, 0.16, 0.82, 0.78))
+        axes = figure.add_axes((0.16, 0.14, 0.76, 0.76))
         times = [datetime.fromtimestamp(m.stored_ns / 1e9, timezone.utc) for m in ordered]
         saved, sums = 0, []
         for member in ordered:
             saved += member.saved
             sums.append(saved)
+        # From nothing at the left edge, so that one model alone is a step as well.
+        span = (times[-1] - times[0]) if times else timedelta()
+        edge = max(span / 25, timedelta(minutes=1))
+        times, sums = [times[0] - edge, *times, times[-1] + edge], [0, *sums, sums[-1]]
         axes.fill_between(times, sums, step="post", color=_NAMED["heat-2"], linewidth=0)
-        axes.step(times, sums, where="post", color=_NAMED["tune"], lw=1.6)
-        axes.plot(times[-1:], sums[-1:], "o", color=_NAMED["tune"], ms=5)
-        axes.set_ylim(0, max([*sums, 1]) * 1.12)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+        axes.step(times, sums, where="post", color=_NAMED["tune"], lw=1.8)
+        axes.plot(times[1:-1], sums[1:-1], "o", color=_NAMED["tune"], ms=3)
+        axes.text(times[-1], sums[-1], human(sums[-1]), va="bottom", ha="right", fontweight="bold")
+        axes.set_xlim(times[0], times[-1])
+        axes.set_ylim(0, max([*sums, 1]) * 1.1)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: human(value) if value else "0"))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y", color=_NAMED["line"], lw=0.6)
         axes.set_axisbelow(True)
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
-        axes.tick_params(length=0)
-        locator = matplotlib.dates.AutoDateLocator(minticks=2, maxticks=4)
-        axes.xaxis.set_major_locator(locator)
-        axes.xaxis.set_major_formatter(matplotlib.dates.ConciseDateFormatter(locator))
+        axes.tick_params(length=0, pad=6)
+        axes.xaxis.set_major_locator(matplotlib.dates.AutoDateLocator(minticks=2, maxticks=4))
+        form = "%b %Y" if span.days > 120 else "%d %b" if span.days > 3 else "%d %b %H:%M"
+        axes.xaxis.set_major_formatter(matplotlib.dates.DateFormatter(form))
 
     return _drawn(height, alternative, draw)

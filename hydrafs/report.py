@@ -12,7 +12,7 @@ import contextlib
 import math
 from collections.abc import Callable, Sequence
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from hydrafs import pictures
 from hydrafs.cache import ChunkCache
@@ -26,25 +26,29 @@ MAX_HEAT_MAPS = 24
 MAX_BARS = 30
 MAX_TREE = 400
 MAX_MERGES = 20
+MAX_GLANCE = 100
 MAX_ROWS = 2000
 _SAMPLED_CHUNKS = 24
+_LEAST_PART = 0.002
+"""Smaller parts of a model are tensors that no part of a network has: a schedule, a counter."""
+_ENDINGS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 Human = Callable[[float], str]
 
 _STYLE = """
 :root{color-scheme:light dark;--paper:#fbfaf7;--card:#fff;--ink:#1d2126;--quiet:#5b636d;--line:#d9d6ce;--base:#30343b;
---tune:#2563a8;--merge:#a0521d;--bad:#b3261e;
+--tune:#2563a8;--merge:#a0521d;--bad:#b3261e;--above:#fff;
 --heat-0:#e9e7e1;--heat-1:#d6e4f2;--heat-2:#b8d2ea;--heat-3:#93bbdf;--heat-4:#6ba1d1;--heat-5:#4786bf;--heat-6:#2c6aa6;
 --heat-7:#1c4f86;--heat-8:#123865;--heat-9:#0a2143}
 @media (prefers-color-scheme:dark){:root{--paper:#14171b;--card:#1c2025;--ink:#e8e6e1;--quiet:#a2a9b2;--line:#3a4047;
---base:#e8e6e1;--tune:#6fb1f0;--merge:#e79a5c;--bad:#ff8a80;
+--base:#e8e6e1;--tune:#6fb1f0;--merge:#e79a5c;--bad:#ff8a80;--above:#0d1014;
 --heat-0:#353c44;--heat-1:#23384d;--heat-2:#24476a;--heat-3:#275886;--heat-4:#2f6ca5;--heat-5:#4384c0;--heat-6:#629fd6;
 --heat-7:#8abbe6;--heat-8:#b5d5f3;--heat-9:#e2f0fd}}
 *{box-sizing:border-box}
 body{margin:0 auto;padding:clamp(.6rem,3vw,1.2rem);max-width:75rem;background:var(--paper);color:var(--ink);
 font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.6rem;margin:.2rem 0;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2.2rem 0 .5rem}
-h3{font-size:1rem;margin:0 0 .2rem;overflow-wrap:anywhere}
+h3{font-size:1rem;margin:1.2rem 0 .4rem;overflow-wrap:anywhere}.card h3,.two h3{margin:0 0 .2rem}
 p{margin:.3rem 0 .7rem;max-width:46rem;overflow-wrap:anywhere}
 .two>*,.cards>*{min-width:0}.quiet{color:var(--quiet)}small{color:var(--quiet)}
 svg{display:block;width:100%;height:auto;max-width:38rem;overflow:visible}
@@ -52,6 +56,7 @@ svg{display:block;width:100%;height:auto;max-width:38rem;overflow:visible}
 .numbers div,.card{background:var(--card);border:1px solid var(--line);border-radius:.6rem;
 padding:clamp(.5rem,2vw,.8rem)}
 .numbers dt{color:var(--quiet);font-size:.85rem}.numbers dd{margin:0;font-size:1.35rem;font-weight:600}
+.numbers small{font-size:.85rem;font-weight:400;white-space:nowrap}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));gap:1rem;align-items:start}
 .two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,23rem),1fr));gap:1rem;align-items:start}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;width:100%}
@@ -62,6 +67,13 @@ details{margin:.6rem 0}summary{cursor:pointer;color:var(--tune)}
 .key{display:flex;flex-wrap:wrap;gap:.3rem 1rem;padding:0;margin:.3rem 0 .8rem;list-style:none;font-size:.85rem}
 .key i{display:inline-block;width:.75rem;height:.75rem;border-radius:50%;margin-right:.35rem}
 .key i.square{border-radius:.1rem}
+.recipes{list-style:none;padding:0;margin:0}
+.recipes li{border-left:.2rem solid var(--merge);padding:.1rem 0 .1rem .7rem;margin:0 0 .8rem;overflow-wrap:anywhere}
+.recipes strong,.recipes small,.formula{display:block}.formula{color:var(--merge)}
+.glance td{border-bottom:.15rem solid var(--paper);border-right:.15rem solid var(--paper);padding:.25rem .5rem}
+.glance td.name{padding-left:0}.glance tr:last-child td{border-bottom:0}
+.h0{background:var(--heat-0);color:var(--ink)}.h1{background:var(--heat-1);color:var(--ink)}.h2{background:var(--heat-2);color:var(--ink)}.h3{background:var(--heat-3);color:var(--ink)}.h4{background:var(--heat-4);color:var(--ink)}
+.h5{background:var(--heat-5);color:var(--above)}.h6{background:var(--heat-6);color:var(--above)}.h7{background:var(--heat-7);color:var(--above)}.h8{background:var(--heat-8);color:var(--above)}.h9{background:var(--heat-9);color:var(--above)}
 footer{margin:2.5rem 0 1rem;color:var(--quiet);font-size:.85rem}
 """
 
@@ -78,7 +90,7 @@ def report(store: Store, human: Human, *, title: str = "", max_heat_maps: int = 
     rows = in_order(family)
     stored = [member for _, member in rows if member.entry and member.entry.is_diff]
     name = title or store.root.name
-    sections = [_numbers(family, stored, human), _tree(rows), _savings(stored, human)]
+    sections = [_numbers(family, stored, human), _tree(rows, human), _savings(stored, human)]
     sections.append(_heat_maps(store, stored, human, max_heat_maps))
     sections.append(_table(rows, human))
     return (
@@ -95,32 +107,30 @@ def _numbers(family: Sequence[Member], stored: Sequence[Member], human: Human) -
     size, taken = sum(m.size for m in stored), sum(m.stored for m in stored)
     full = [m for m in family if m.state in ("base", "plain")]
     facts = [
-        ("models", str(sum(m.state != "missing" for m in family))),
-        ("saved", human(sum(m.saved for m in stored))),
-        ("dehydrated models take", f"{human(taken)} of {human(size)}"),
-        ("of their size", f"{100 * taken / size:.1f} %" if size else "-"),
-        ("full files", f"{len(full)}, {human(sum(m.size for m in full))}"),
+        ("models", str(sum(m.state != "missing" for m in family)), ""),
+        ("saved", human(sum(m.saved for m in stored)), ""),
+        ("dehydrated models take", human(taken), f"{100 * taken / size:.1f} % of {human(size)}" if size else ""),
+        ("full files", str(len(full)), human(sum(m.size for m in full))),
     ]
     lost = [m for m in family if m.state in ("missing", "damaged")]
     if lost:
-        facts.append(("missing or damaged", str(len(lost))))
-    return '<dl class="numbers">' + "".join(f"<div><dt>{k}</dt><dd>{v}</dd></div>" for k, v in facts) + "</dl>"
+        facts.append(("missing or damaged", str(len(lost)), ""))
+    return (
+        '<dl class="numbers">'
+        + "".join(f"<div><dt>{k}</dt><dd>{v} <small>{more}</small></dd></div>" for k, v, more in facts)
+        + "</dl>"
+    )
 
 
-def _tree(rows: Sequence[tuple[int, Member]]) -> str:
+def _tree(rows: Sequence[tuple[int, Member]], human: Human) -> str:
     drawn = condensed(list(rows))[:MAX_TREE]
     shown = rows[:MAX_ROWS]
     merges = [m for _, m in drawn if m.state == "merge"][:MAX_MERGES]
     left = sum(m.state == "merge" for _, m in rows) - len(merges)
     more = f"<p class=quiet>{left} more merges are in the table below.</p>" if left else ""
-    recipes = "".join(
-        f'<tr><td class="name">{escape(m.name)}</td><td class="name">{escape(m.mixture)}</td></tr>' for m in merges
-    )
+    recipes = "".join(_recipe(member, human) for member in merges)
     if recipes:
-        recipes = (
-            '<h3>Merges</h3><div class="scroll"><table><thead><tr><th>model<th>is</tr></thead><tbody>'
-            f"{recipes}</tbody></table></div>"
-        )
+        recipes = f"<h3>Merges</h3><ul class=recipes>{recipes}</ul>"
     items = "".join(
         f"<tr><td class=name>{'· ' * depth}{escape(m.name)}<td>{m.state}<td class=name>{escape(m.mixture) or '-'}</tr>"
         for depth, m in shown
@@ -131,17 +141,46 @@ def _tree(rows: Sequence[tuple[int, Member]]) -> str:
             ("base", "base", "square"),
             ("other full file", "quiet", "square"),
             ("fine-tune", "tune", ""),
-            ("merge, thin line to its other parents", "merge", ""),
+            ("merge, with lines from its other parents", "merge", ""),
             ("missing or damaged", "bad", ""),
         )
     )
     alternative = f"Family tree of {len(rows)} models; the table below it says the same"
+    tree = pictures.family_tree(drawn, lambda member: _about_member(member, human), alternative)
     return (
         "<h2>Family</h2><p>Each model stands below the one that it mostly comes from.</p>"
-        f'<ul class="key">{key}</ul><div class="two"><div>{pictures.family_tree(drawn, alternative)}</div>'
+        f'<ul class="key">{key}</ul><div class="two"><div>{tree}</div>'
         f"<div>{recipes}{more}</div></div>"
         "<details><summary>The family as a table</summary><div class=scroll><table><thead><tr><th>model<th>kind<th>"
         f"made from</tr></thead><tbody>{items}</tbody></table></div></details>"
+    )
+
+
+def _about_member(member: Member, human: Human) -> str:
+    if member.state == "merge":
+        return f"= {member.mixture_of(_stem)}"
+    if member.state in ("missing", "damaged"):
+        return member.state
+    if member.saved <= 0:
+        return f"full file, {human(member.size)}"
+    return f"{human(member.stored)}, {100 * member.stored / member.size:.1f} % of {human(member.size)}"
+
+
+def _stem(name: str) -> str:
+    path = PurePath(name)
+    return path.stem if path.suffix.lower() in _ENDINGS else path.name
+
+
+def _recipe(member: Member, human: Human) -> str:
+    """A merge: its formula, the programs whose arithmetic it is, and how much of it that gives exactly."""
+    notes = []
+    for part in member.recipes[:3]:
+        exact = f"all {part.tensors}" if part.exact == part.tensors else f"{part.exact} of {part.tensors}"
+        notes.append(f"{part.label}, exact for {exact} tensors")
+    notes.append(f"{human(member.stored)} instead of {human(member.size)}")
+    return (
+        f"<li><strong>{escape(member.name)}</strong><span class=formula>= {escape(member.mixture)}</span>"
+        f"<small>{escape('; '.join(notes))}</small></li>"
     )
 
 
@@ -180,7 +219,34 @@ def _heat_maps(store: Store, stored: Sequence[Member], human: Human, limit: int)
     return (
         "<h2>What each fine-tune changed</h2><p>A row is a block of the network, a column a kind of layer. The colour "
         "is how much of the layer had to be stored, in % of its size: how far it went from its base.</p>"
-        f'{pictures.legend()}{more}<div class="cards">{"".join(cards)}</div>'
+        f'{pictures.legend()}{_glance(tuned)}{more}<div class="cards">{"".join(cards)}</div>'
+    )
+
+
+def _glance(tuned: Sequence[Member]) -> str:
+    """All fine-tunes in one table: what is stored of each part of the network."""
+    shown = tuned[:MAX_GLANCE]
+    nbytes: dict[str, int] = {}
+    for member in shown:
+        for part in member.parts:
+            nbytes[part.name] = nbytes.get(part.name, 0) + part.total().nbytes
+    least = _LEAST_PART * sum(nbytes.values())
+    names = sorted((name for name in nbytes if nbytes[name] >= least), key=lambda name: -nbytes[name])[:6]
+    lines = []
+    for member in shown:
+        parts = {part.name: part.total() for part in member.parts}
+        cells = "".join(
+            f"<td class='n h{pictures.level_of(parts[name].share)}'>{100 * parts[name].share:.1f} %"
+            if name in parts
+            else "<td class=n>-"
+            for name in names
+        )
+        lines.append(f"<tr><td class=name>{escape(member.name)}{cells}</tr>")
+    left = f"<p class=quiet>{len(tuned) - len(shown)} more are not in it.</p>" if len(tuned) > len(shown) else ""
+    head = "".join(f"<th class=n>{escape(name)}" for name in names)
+    return (
+        f"<h3>At a glance</h3><div class=scroll><table class=glance><thead><tr><th>fine-tune{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>{left}<h3>Block by block</h3>"
     )
 
 
@@ -195,7 +261,7 @@ def _card(opener: Opener, member: Member, human: Human) -> str:
         trouble = f'<p class="quiet">No samples: {escape(str(error))}</p>'
     parts = member.parts
     whole = sum(p.total().nbytes for p in parts)
-    shown = [p for p in parts if p.total().nbytes >= 0.002 * whole][:6]
+    shown = [p for p in parts if p.total().nbytes >= _LEAST_PART * whole][:6]
     rows = "".join(_part_row(part, samples.get(part.name), human) for part in shown)
     lines = "; ".join(f"{p.name} {100 * p.total().share:.1f} %" for p in shown)
     picture = pictures.heat_map(shown, f"What {member.name} stores of each block: {lines}; the tables below say it")

@@ -311,11 +311,11 @@ class StoreTree:
         """The filesystem that the store is on."""
         return os.statvfs(self._root)
 
-    def _facts(self, place: Place) -> dict[str, str]:
-        """The attributes that hydrafs adds to a file."""
+    def _facts(self, place: Place, *, hashes: bool = True) -> dict[str, str]:
+        """The attributes that hydrafs adds to a file; its hashes, for which a manifest is read, if asked for."""
         if not stat.S_ISREG(place.stat.st_mode):
             return {}
-        known = self.hashes.of(Path(place.real), place.stat, is_diff=place.is_diff)
+        known = self.hashes.of(Path(place.real), place.stat, is_diff=place.is_diff) if hashes else {}
         facts = {XATTR_HASH + hash_name: value.hex() for hash_name, value in known.items()}
         if not place.is_diff:
             return {**facts, XATTR_PREFIX + "state": "plain"}
@@ -357,7 +357,7 @@ class StoreTree:
                 if state:
                     return state.encode()
         if name.startswith((XATTR_HASH, XATTR_PREFIX)):
-            value = self._facts(place).get(name)
+            value = self._facts(place, hashes=name.startswith(XATTR_HASH)).get(name)
             if value is not None:
                 return value.encode("utf-8", "surrogateescape")
         if name == XATTR_ATTRIBUTES:

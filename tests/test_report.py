@@ -222,6 +222,20 @@ def test_the_family(relatives: Filled) -> None:
     assert family["broken.ckpt"].saved == 0
 
 
+def test_signs_and_weights_of_a_mixture() -> None:
+    def mixture(*weights: float) -> str:
+        parents = [
+            (Member(name, f"{name}.ckpt", "base", 9, 9), Share(0, 1, weight, weight, weight))
+            for name, weight in zip("abc", weights, strict=False)
+        ]
+        return Member("m", "m", "merge", 9, 1, parents=parents).mixture_of(lambda name: name[0])
+
+    assert mixture(0.6, -0.6, 1.0) == "0.60 × a + c − 0.60 × b"
+    assert mixture(-1.0, 1.5) == "1.50 × b − a"
+    assert mixture(-0.5) == "−0.50 × a"
+    assert mixture(1.0, math.nan) == "a + b"
+
+
 def test_shares_of_a_fine_tune(relatives: Filled) -> None:
     with DiffFile(relatives.diff) as diff:
         (share,) = shares_of(diff)
@@ -266,6 +280,9 @@ def test_the_page_holds_all_and_asks_for_nothing(relatives: Filled) -> None:
     assert html.escape(STRANGE) in page
     assert "<b>" not in page
     assert "0.30 × tuned.safetensors + 0.70 × base.safetensors" in page
+    assert "weighted sum, exact for all " in page
+    assert "= 0.30 × tuned + 0.70 × base<" in page, "in the tree, without endings"
+    assert re.search(r"<td class=name>tuned\.safetensors<td class='n h[1-9]'>\d+\.\d %", page), "at a glance"
     assert "orphan.safetensors" in page
     assert "No samples: a parent of" in page
     for request in ("<script", '<link rel="style', "@import", "url(http", "src=", 'href="http', "<img", "<iframe"):
@@ -337,9 +354,12 @@ def test_the_plot_in_a_pipe(relatives: Filled, capsys: Capture) -> None:
 
 @pytest.fixture(scope="module")
 def chromium() -> str:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    ubuntu = "ID=ubuntu\n" in Path("/etc/os-release").read_text()
+    found = shutil.which("google-chrome") or (None if ubuntu else shutil.which("chromium"))
     if found:
         return found
+    if ubuntu:
+        pytest.skip("Ubuntu's Chromium is a snap, which sees no temporary files, and there is no google-chrome")
     if os.environ.get("HYDRAFS_TESTS_WITHOUT_BROWSER") == "1":
         pytest.skip("no chromium, and HYDRAFS_TESTS_WITHOUT_BROWSER=1")
     pytest.fail("no chromium; HYDRAFS_TESTS_WITHOUT_BROWSER=1 runs the tests without it", pytrace=False)
