@@ -35,10 +35,11 @@ from hydrafs.errors import HydraError, log_once
 from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attributes
 from hydrafs.helper import Helper
 from hydrafs.identity import FileIdentity
-from hydrafs.keeping import KeptLinks, recover
+from hydrafs.keeping import KeptLinks
 from hydrafs.opening import Opener
 from hydrafs.readahead import DecodePool
 from hydrafs.rehydrate import Rehydrated
+from hydrafs.renaming import recover
 from hydrafs.store import Store, is_private, listed_name
 
 log = logging.getLogger(__name__)

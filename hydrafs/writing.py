@@ -25,7 +25,8 @@ from hydrafs.departing import Departed, is_hidden_name
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError
 from hydrafs.handles import OpenFile, PlainFile
-from hydrafs.keeping import before_overwrite, remove_diff, remove_model, rename_model
+from hydrafs.keeping import before_overwrite, remove_diff, remove_model
+from hydrafs.renaming import rename_model
 from hydrafs.restore import carry_over, change_attributes, rehydrate
 from hydrafs.store import ModelEntry, TemporaryFile, fsync_folder, is_private
 from hydrafs.vfs import XATTR_PREFIX, XATTR_SHA256, Place, StoreTree

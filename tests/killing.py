@@ -50,7 +50,7 @@ import subprocess  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from hydrafs import keeping, tending  # noqa: E402
+from hydrafs import keeping, renaming, tending  # noqa: E402
 from hydrafs.cache import ChunkCache  # noqa: E402
 from hydrafs.dehydrate import Options, dehydrate  # noqa: E402
 from hydrafs.opening import Opener  # noqa: E402
@@ -99,13 +99,13 @@ def change(store: Store, scenario: str) -> None:
     elif scenario == "remove the last":
         keeping.remove_model(store, path["tuned2"])
     elif scenario == "file over base":
-        keeping.rename_model(store, path["fresh"], path["base"])
+        renaming.rename_model(store, path["fresh"], path["base"])
     elif scenario == "file over diff":
-        keeping.rename_model(store, path["fresh"], path["tuned0"])
+        renaming.rename_model(store, path["fresh"], path["tuned0"])
     elif scenario == "diff over base":
-        keeping.rename_model(store, path["tuned1"], path["base"])
+        renaming.rename_model(store, path["tuned1"], path["base"])
     elif scenario == "diff over diff":
-        keeping.rename_model(store, path["tuned1"], path["tuned0"])
+        renaming.rename_model(store, path["tuned1"], path["tuned0"])
     elif scenario == "overwrite a base":
         keeping.before_overwrite(store, path["base"])
     elif scenario == "truncate a base":

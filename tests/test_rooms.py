@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "covered", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity",
     "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff", "composition",
-    "catalog", "store", "needs", "keeping", "basehash", "prediction", "rehydrate", "readahead", "opening",
+    "catalog", "store", "needs", "keeping", "renaming", "basehash", "prediction", "rehydrate", "readahead", "opening",
     "fingerprint", "matching", "bases", "merging", "assigning", "recognising", "loras", "explaining", "plan",
     "choosing", "encode", "restore", "dehydrate", "tending", "activity", "leases", "policy", "worker", "helper",
     "seed", "recipes", "arithmetic", "computing", "coherence", "handles", "vfs", "departing", "writing", "libfuse",
