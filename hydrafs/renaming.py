@@ -1,8 +1,8 @@
-"""Renaming models, and the journal of what takes more than one step.
+"""Renaming models.
 
 Rule 1: who changes names holds the store's lock; a lock of a dead process is none.
 Rule 2: where two names must change, the order is such that a kill in between shows the old state or the new one, or
-        a journal says how to go on; ``recover`` does, at the next start.
+        the journal says how to go on, at the next start (``hydrafs.replacing.recover``).
 Rule 3: nothing goes that others need (``hydrafs.keeping``).
 """
 
@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import logging
 import os
-import secrets
 import stat as stat_module
 from pathlib import Path
 
+from hydrafs import journal
 from hydrafs.errors import Protected
 from hydrafs.keeping import (
     carried,
@@ -30,13 +28,11 @@ from hydrafs.keeping import (
     standing,
 )
 from hydrafs.needs import needs
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
 
-__all__ = ["recover", "rename_model"]
+__all__ = ["KIND", "end", "rename_model"]
 
-log = logging.getLogger(__name__)
-
-_JOURNAL = "renaming-"
+KIND = "renaming"
 
 
 def rename_model(store: Store, old: Path, new: Path, *, replace: bool = True, protect: bool | None = None) -> None:
@@ -61,15 +57,15 @@ def rename_model(store: Store, old: Path, new: Path, *, replace: bool = True, pr
             return
         if plain is None and (store.protect if protect is None else protect):
             raise Protected("a dehydrated model may not be renamed", where=old)
-        moves = store.is_pinned(old)
+        moves = store.pins_in(old)
         if moves:
-            store.repin([store.relative(new)])
+            store.repin([os.fspath(Path(store.relative(new), os.path.relpath(p, store.relative(old)))) for p in moves])
         if plain is None:
             _rename_diff(store, old, new, target, target_diff)
         else:
             _rename_plain(store, old, new, plain, diff, target, target_diff)
         if moves:
-            store.repin([], unpin=[store.relative(old)])
+            store.repin([], unpin=moves)
 
 
 def _rename_plain(
@@ -120,7 +116,8 @@ def _rename_diff(
         return
     if target_diff is not None:
         drop(store, destination, is_diff=True)
-    journal = _write_journal(store, old, new, os.lstat(source), target)
+    numbers = {"diff": os.lstat(source).st_ino, "plain": target.st_ino}
+    entry = journal.write(store, KIND, {"old": old, "new": new}, numbers)
     try:
         with carried(store, source, destination):
             try:
@@ -134,7 +131,7 @@ def _rename_diff(
     finally:
         # After a failure that could not be undone either, the next start tries again.
         if not (lstat(source) and lstat(destination)):
-            journal.unlink()
+            entry.end()
 
 
 def _finish(store: Store, old: Path, new: Path) -> None:
@@ -154,49 +151,17 @@ def _undo(old: Path, new: Path) -> None:
             os.unlink(diff_of(new))
 
 
-def _write_journal(store: Store, old: Path, new: Path, diff: os.stat_result, plain: os.stat_result) -> Path:
-    path = store.private / f"{_JOURNAL}{secrets.token_hex(8)}"
-    entry = {
-        "old": os.fsencode(old.relative_to(store.root)).hex(),
-        "new": os.fsencode(new.relative_to(store.root)).hex(),
-        "diff": [diff.st_dev, diff.st_ino],
-        "plain": [plain.st_dev, plain.st_ino],
-    }
-    with TemporaryFile(store.private) as temporary:
-        temporary.file.write(json.dumps(entry).encode())
-        temporary.commit(path)
-    return path
-
-
-def recover(store: Store) -> None:
-    """End what a killed process began, and remove its temporary files under ``.hydrafs``. Called at every start."""
-    with store.lock():  # whoever wrote a journal held it: one that is there now is of the dead
-        for journal in sorted(store.private.glob(f"{_JOURNAL}*")):
-            try:
-                entry = json.loads(journal.read_bytes())
-                old = store.root / os.fsdecode(bytes.fromhex(entry["old"]))
-                new = store.root / os.fsdecode(bytes.fromhex(entry["new"]))
-                _recover(store, old, new, entry["diff"], entry["plain"])
-            except (ValueError, KeyError, TypeError):
-                log.warning("a journal that cannot be read is removed: %s", journal)
-            except OSError as error:
-                log.error("cannot end the renaming that %s tells of: %s", journal, error)
-                continue
-            journal.unlink(missing_ok=True)
-        for folder in (store.private, store.held, store.retired):
-            store.remove_leftovers(folder)
-
-
-def _recover(store: Store, old: Path, new: Path, diff: list[int], plain: list[int]) -> None:
-    moved = lstat(diff_of(new))
-    if moved is None or [moved.st_dev, moved.st_ino] != diff:
+def end(store: Store, entry: journal.Entry) -> None:
+    """End the renaming of a diff over a plain file that a killed process began; the lock is held."""
+    old, new = entry.places["old"], entry.places["new"]
+    diff, plain = entry.numbers["diff"], entry.numbers["plain"]
+    if not journal.is_file(diff_of(new), diff):
         return
     target = lstat(new)
-    if target is not None and [target.st_dev, target.st_ino] != plain:
+    if target is not None and target.st_ino != plain:
         _undo(old, new)  # somebody gave the new name to another file since
         return
     if target is not None:
         drop(store, new, is_diff=False)
-    there = lstat(diff_of(old))
-    if there is not None and os.path.samestat(there, moved):
+    if journal.is_file(diff_of(old), diff):
         os.unlink(diff_of(old))

@@ -212,6 +212,7 @@ class Store:
         except OSError as error:
             raise from_oserror(error, "cannot open the store", path) from error
         self.catalog = Catalog(self._catalog_path() if self.private.is_dir() else None)
+        self._pins_of = (0, 0)
         self._configure()
 
     def _catalog_path(self) -> Path | None:
@@ -335,8 +336,22 @@ class Store:
         self._change_config(change)
 
     def is_pinned(self, path: Path) -> bool:
-        """Whether the model at the absolute ``path`` is to stay whole."""
-        return self.relative(path) in self.pinned
+        """Whether the model at the absolute ``path`` is to stay whole, as the configuration says now."""
+        return self.relative(path) in self._pins_now()
+
+    def pins_in(self, path: Path) -> list[str]:
+        """The pinned names that a renaming of the absolute ``path`` changes: its own, and those in the folder."""
+        name = self.relative(path)
+        return sorted(p for p in self._pins_now() if p == name or p.startswith(f"{name}/"))
+
+    def _pins_now(self) -> frozenset[str]:
+        # Another process may have pinned a model since.
+        with contextlib.suppress(OSError, UsageError):
+            stat = os.stat(self._config_path)
+            if self._pins_of != (stat.st_ino, stat.st_mtime_ns):
+                self.pinned = frozenset(self._texts(self._config(), "pinned", '["sd15.safetensors"]'))
+                self._pins_of = stat.st_ino, stat.st_mtime_ns
+        return self.pinned
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

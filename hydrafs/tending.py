@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydrafs import keeping, renaming
+from hydrafs import keeping, replacing
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import SUFFIX
@@ -33,7 +33,7 @@ _REHOMING = f"{TEMPORARY}rehoming-"
 
 def start(store: Store) -> None:
     """What every start does: end what a killed process began, and remove the temporary files that it left anywhere."""
-    renaming.recover(store)
+    replacing.recover(store)
     for folder in store.private.glob(f"{_REHOMING}*"):
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)

@@ -39,7 +39,7 @@ from hydrafs.keeping import KeptLinks
 from hydrafs.opening import Opener
 from hydrafs.readahead import DecodePool
 from hydrafs.rehydrate import Rehydrated
-from hydrafs.renaming import recover
+from hydrafs.replacing import recover
 from hydrafs.store import Store, is_private, listed_name
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydrafs import covered, keeping, tending
+from hydrafs import covered, tending
 from hydrafs.activity import Activity
 from hydrafs.dehydrate import Options, Outcome, dehydrate
 from hydrafs.diff import SUFFIX
@@ -185,7 +185,7 @@ class Worker:
                         raise Changing("the worker ends", where=path)
 
                 still()
-                outcome = dehydrate(self.store, path, Options(jobs=self.jobs, still=still))
+                outcome = dehydrate(self.store, path, Options(jobs=self.jobs, still=still, all_or_nothing=True))
         except Changing as error:
             log.info("%s is left for later: %s", path, error)
             seen.since = self.clock()
@@ -193,13 +193,6 @@ class Worker:
         except HydraError as error:
             log.warning("%s is not dehydrated: %s", path, error)
             seen.tried = self._company()
-            return None
-        if outcome.diff is not None and not outcome.original_removed:
-            # It was written to at the last moment, or a parent is in use by another process. Behind the file that stays
-            # a diff would be taken for the user's own.
-            with contextlib.suppress(OSError):
-                keeping.remove_diff(self.store, path)
-            seen.since = self.clock()
             return None
         if outcome.diff is None:
             seen.tried = self._company()

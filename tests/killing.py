@@ -181,7 +181,7 @@ def main() -> None:
             tending.start(store)
             now = contents(store)
             assert now in (before, after), f"{where}: after a start {now}\nbefore {before}\nafter {after}"
-            left = list(root.rglob(".hydrafs-tmp-*")) + list(store.private.glob("renaming-*"))
+            left = list(root.rglob(".hydrafs-tmp-*")) + list(store.private.glob("journal-*"))
             assert not left, f"{where}: {left} left"
             # What is in order now stays so when it is tended, and when the change is made after all.
             tending.hold_parents(store)

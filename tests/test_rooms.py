@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "covered", "allocator", "errors", "dtypes", "attributes", "cache", "layout", "identity",
     "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff", "composition",
-    "catalog", "store", "needs", "keeping", "renaming", "basehash", "prediction", "rehydrate", "readahead", "opening",
+    "catalog", "store", "journal", "needs", "keeping", "renaming", "leases", "replacing",
+    "basehash", "prediction", "rehydrate", "readahead", "opening",
     "fingerprint", "matching", "bases", "merging", "assigning", "recognising", "loras", "explaining", "plan",
-    "choosing", "encode", "restore", "dehydrate", "tending", "activity", "leases", "policy", "worker", "helper",
+    "choosing", "encode", "restore", "dehydrate", "tending", "activity", "policy", "worker", "helper",
     "seed", "recipes", "arithmetic", "computing", "coherence", "handles", "vfs", "departing", "writing", "libfuse",
     "callbacks", "fusewriting", "fuse", "mountpoints", "mountoptions", "daemon", "mounting", "service", "api", "cli",
 ]  # fmt: skip
