@@ -30,9 +30,9 @@ from hydrafs.keeping import (
 from hydrafs.needs import needs
 from hydrafs.store import Store
 
-__all__ = ["KIND", "end", "rename_model"]
+__all__ = ["ENDINGS", "rename_model"]
 
-KIND = "renaming"
+_DIFF_OVER_FILE, _FILE_OVER_DIFF = "diff-over-file", "file-over-diff"
 
 
 def rename_model(store: Store, old: Path, new: Path, *, replace: bool = True, protect: bool | None = None) -> None:
@@ -89,15 +89,28 @@ def _rename_plain(
         needed = keep(store, new, is_diff=False)
     if diff is not None:  # it would be seen under the old name once the file that hides it is gone
         drop(store, diff_of(old), is_diff=True)
+    entry = None
+    if target_diff is not None:
+        numbers = {"diff": target_diff.st_ino, "plain": plain.st_ino}
+        entry = journal.write(store, _FILE_OVER_DIFF, {"name": new}, numbers)
+    try:
+        _move_plain(store, old, new, plain)
+        if target is not None and not needed and target.st_nlink > 1:
+            let_go(store, target, needs(store))
+        if target_diff is not None:
+            drop(store, diff_of(new), is_diff=True)
+    finally:
+        # After a failure that leaves the diff behind the file, the next start tries again.
+        if entry is not None and not (journal.is_file(new, plain.st_ino) and lstat(diff_of(new))):
+            entry.end()
+
+
+def _move_plain(store: Store, old: Path, new: Path, plain: os.stat_result) -> None:
     if stat_module.S_ISREG(plain.st_mode):
         with carried(store, old, new, *links_of(store, plain)):
             os.rename(old, new)
     else:
         os.rename(old, new)
-    if target is not None and not needed and target.st_nlink > 1:
-        let_go(store, target, needs(store))
-    if target_diff is not None:
-        drop(store, diff_of(new), is_diff=True)
 
 
 def _rename_diff(
@@ -117,7 +130,7 @@ def _rename_diff(
     if target_diff is not None:
         drop(store, destination, is_diff=True)
     numbers = {"diff": os.lstat(source).st_ino, "plain": target.st_ino}
-    entry = journal.write(store, KIND, {"old": old, "new": new}, numbers)
+    entry = journal.write(store, _DIFF_OVER_FILE, {"old": old, "new": new}, numbers)
     try:
         with carried(store, source, destination):
             try:
@@ -151,8 +164,7 @@ def _undo(old: Path, new: Path) -> None:
             os.unlink(diff_of(new))
 
 
-def end(store: Store, entry: journal.Entry) -> None:
-    """End the renaming of a diff over a plain file that a killed process began; the lock is held."""
+def _end_diff_over_file(store: Store, entry: journal.Entry) -> None:
     old, new = entry.places["old"], entry.places["new"]
     diff, plain = entry.numbers["diff"], entry.numbers["plain"]
     if not journal.is_file(diff_of(new), diff):
@@ -165,3 +177,13 @@ def end(store: Store, entry: journal.Entry) -> None:
         drop(store, new, is_diff=False)
     if journal.is_file(diff_of(old), diff):
         os.unlink(diff_of(old))
+
+
+def _end_file_over_diff(store: Store, entry: journal.Entry) -> None:
+    name = entry.places["name"]
+    if journal.is_file(name, entry.numbers["plain"]) and journal.is_file(diff_of(name), entry.numbers["diff"]):
+        drop(store, diff_of(name), is_diff=True)
+
+
+ENDINGS = {_DIFF_OVER_FILE: _end_diff_over_file, _FILE_OVER_DIFF: _end_file_over_diff}
+"""What a start does, with the lock held, about each kind of renaming that a killed process began."""

@@ -79,16 +79,14 @@ class Original:
     """A plain model whose diff is about to take its place. Thread safety: none.
 
     Args:
-        model: the plain file.
+        model: the plain file; the journal says what it was when it was read.
         diff: where its diff goes; not always beside it.
-        stat: the file, as it was read.
         had_diff: whether a diff of it was there already: the user's, which stays where this does not go through.
     """
 
     store: Store
     model: Path
     diff: Path
-    stat: os.stat_result
     had_diff: bool
     aside: Path
     entry: journal.Entry
@@ -110,7 +108,7 @@ class Original:
             },
         )  # fmt: skip
         try:
-            yield cls(store, model, diff, stat, had_diff, aside, entry)
+            yield cls(store, model, diff, had_diff, aside, entry)
         finally:
             if not os.path.lexists(aside):  # else the next start has something to do
                 entry.end()
@@ -118,7 +116,7 @@ class Original:
     def give_up(self) -> None:
         """The original stays: nobody wants the diff behind it."""
         if not self.had_diff and journal.is_file(self.diff, self.entry.numbers["diff"]):
-            drop(self.store, self.diff, is_diff=True)
+            _take_back(self.store, self.entry)
 
     def go(self, check: Callable[[], None], last: Callable[[], None]) -> bool:
         """Remove the original if it is still the file that was read; a file that someone wrote meanwhile stays.
@@ -139,7 +137,7 @@ class Original:
                 raise
             self.model.rename(self.aside)
             try:
-                if not self._is_same(os.stat(self.aside)):
+                if not _is_unchanged(self.aside, self.entry):
                     raise Changing("a model changed while it was read", where=self.model)
                 last()
             except BaseException:
@@ -156,10 +154,6 @@ class Original:
             return False
         except OSError as error:
             raise from_oserror(error, "the diff is stored, but the original cannot be removed", self.model) from error
-
-    def _is_same(self, now: os.stat_result) -> bool:
-        expected = (self.stat.st_size, self.stat.st_mtime_ns, self.stat.st_ino, self.stat.st_dev)
-        return (now.st_size, now.st_mtime_ns, now.st_ino, now.st_dev) == expected
 
 
 def _bring_back(aside: Path, model: Path) -> None:
@@ -183,20 +177,32 @@ def _end_leaving(store: Store, entry: journal.Entry) -> None:
         if is_ours and _rests(aside, entry):
             return
         _bring_back(aside, model)
-        is_hidden = diff == diff_of(model)
-    else:
-        is_hidden = diff == diff_of(model) and journal.is_file(model, entry.numbers["plain"])
+    elif not journal.is_file(model, entry.numbers["plain"]):
+        return  # the original is gone: the diff has its place
     # Beside an original that did not leave its name, the diff takes space for nothing, and the worker would take it
-    # for the user's own. In another folder it is a model of its own, and stays.
-    if is_ours and is_hidden and not entry.numbers["had_diff"] and lstat(model) is not None:
-        drop(store, diff, is_diff=True)
+    # for the user's own. In another folder the model would be listed twice.
+    if is_ours and not entry.numbers["had_diff"] and lstat(model) is not None:
+        _take_back(store, entry)
+
+
+def _take_back(store: Store, entry: journal.Entry) -> None:
+    """Remove a diff that is of no use beside its original; where that was written to, others may need the diff."""
+    if _is_unchanged(entry.places["name"], entry):
+        os.unlink(entry.places["diff"])
+    else:
+        drop(store, entry.places["diff"], is_diff=True)
+
+
+def _is_unchanged(path: Path, entry: journal.Entry) -> bool:
+    now = lstat(path)
+    expected = tuple(entry.numbers[key] for key in ("plain", "size", "mtime_ns"))
+    return now is not None and (now.st_ino, now.st_size, now.st_mtime_ns) == expected
 
 
 def _rests(aside: Path, entry: journal.Entry) -> bool:
     """Remove an original of which the diff is there, unless it was changed or is open for writing; whether it went."""
     with contextlib.suppress(Changing), Lease(aside) as lease:
-        stat = os.stat(aside)
-        if (stat.st_size, stat.st_mtime_ns) == (entry.numbers["size"], entry.numbers["mtime_ns"]):
+        if _is_unchanged(aside, entry):
             lease.check()
             aside.unlink()
             return True
@@ -208,7 +214,7 @@ def _rests(aside: Path, entry: journal.Entry) -> bool:
 
 def recover(store: Store) -> None:
     """End what a killed process began, and remove its temporary files under ``.hydrafs``. Called at every start."""
-    kinds = {_COPYING: _end_copying, _LEAVING: _end_leaving, renaming.KIND: renaming.end}
+    kinds = {_COPYING: _end_copying, _LEAVING: _end_leaving, **renaming.ENDINGS}
     with store.lock():
         for entry in journal.pending(store):
             try:

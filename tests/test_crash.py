@@ -28,7 +28,7 @@ MORE = [
     "write into a diff", "write into a diff that is a parent", "write into a base", "overwrite a diff",
     "overwrite a diff that is a parent", "cut a diff", "cut a base to nothing", "rehydrate beside", "uncompress",
     "uncompress a parent", "merge", "hold the parents", "collect a retired diff and what it needs",
-    "collect with dependents of a retired diff", "rehome two",
+    "collect with dependents of a retired diff", "rehome two", "rehome a diff that is a parent",
 ]  # fmt: skip
 
 

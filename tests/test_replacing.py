@@ -31,15 +31,15 @@ from hydrafs.policy import Policy
 from hydrafs.store import Store
 from hydrafs.worker import Worker
 
-name = {"before": "go", "after": "_is_same"}[sys.argv[2]]
-call = getattr(replacing.Original, name)
+owner, name = (replacing.Original, "go") if sys.argv[2] == "before" else (replacing, "_is_unchanged")
+call = getattr(owner, name)
 
 def stop(*args):
     print("stopped", flush=True)
     os.kill(os.getpid(), signal.SIGSTOP)
     return call(*args)
 
-setattr(replacing.Original, name, stop)
+setattr(owner, name, stop)
 with contextlib.closing(Store(Path(sys.argv[1]))) as store:
     Worker(store, Policy(settle_seconds=0, min_nbytes=1)).step()
 """
