@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,8 +38,9 @@ from hydrafs.needs import needs
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
 from hydrafs.rehydrate import Rehydrated
+from hydrafs.replacing import Original
 from hydrafs.restore import prove
-from hydrafs.store import TEMPORARY, ModelEntry, Store, TemporaryFile, fsync_folder, trailer_of
+from hydrafs.store import ModelEntry, Store, TemporaryFile, trailer_of
 from hydrafs.version import __version__
 
 MUST_SHRINK_BY = 0.05
@@ -58,7 +58,8 @@ class Options:
     dehydrated themselves). ``jobs``: coding threads. ``codec``: one for all tensors, or the smallest for each; ``raw``
     compresses nothing. ``still`` is asked all along whether to go on: it waits, or raises what ends the work, and the
     model stays as it is; it is asked for the last time when the original has left its name. ``alone``: whether a model
-    that resembles no other is compressed by itself."""
+    that resembles no other is compressed by itself. ``all_or_nothing``: where the original cannot go, the diff does not
+    stay either, and ``Changing`` is raised."""
 
     bases: tuple[Path, ...] = ()
     not_bases: tuple[Path, ...] = ()
@@ -68,6 +69,7 @@ class Options:
     chunk_nbytes: int = DEFAULT_CHUNK_NBYTES
     still: Callable[[], None] = lambda: None
     alone: bool = True
+    all_or_nothing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,28 +194,66 @@ def dehydrate(
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
                 with DiffFile(temporary.path) as diff:
                     reasons = (*choice.reasons, *map(str, made_of(diff)))
-                # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
-                with store.lock():
-                    options.still()
-                    _unchanged(model, source, before)
-                    keep_parents(store, entries, manifest.parents, opened)
-                    replace = target.exists() and trailer_of(target).sha256 == manifest.sha256
-                    temporary.commit(target, replace=replace)
-                    _remember(store, model, before, target, manifest.sha256, facts)
-                    removed = not options.keep and _may_go(source, opened)
-                    removed = removed and _remove(model, source, before, target, options.still)
+                removed = _commit(
+                    store, source, before, temporary, target, options,
+                    lambda: keep_parents(store, entries, manifest.parents, opened),
+                    lambda: _remember(store, model, before, target, manifest.sha256, facts),
+                    opened,
+                )  # fmt: skip
             if not removed and not options.keep:
                 reasons += (
                     "the original is kept: it, or what its diff needs, is in use or changed; dehydrate it again",
                 )
             names = tuple(p.name for p in parents)
-            return Outcome(model, target, source.size, stored, manifest.sha256, names, reasons, removed)
+            made = target if os.path.lexists(target) else None
+            return Outcome(model, made, source.size, stored, manifest.sha256, names, reasons, removed)
         finally:
             hashes.close()
             if ahead is not None:
                 ahead.close()
             for parent in opened:
                 parent.close()
+
+
+def _commit(
+    store: Store,
+    source: FileSource,
+    before: FileIdentity,
+    temporary: TemporaryFile,
+    target: Path,
+    options: Options,
+    keep_parents: Callable[[], None],
+    remember: Callable[[], None],
+    opened: Sequence[FileSource | Rehydrated],
+) -> bool:
+    """Give the proved diff its name, and let the original go; whether it went."""
+    model = Path(source.path)
+
+    def check() -> None:
+        options.still()
+        _unchanged(model, source, before)
+
+    # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
+    with store.lock():
+        check()
+        keep_parents()
+        replace = target.exists() and trailer_of(target).sha256 == trailer_of(temporary.path).sha256
+        if options.keep:
+            temporary.commit(target, replace=replace)
+            remember()
+            return False
+        with Original.of(store, model, target, temporary, source.stat) as original:
+            temporary.commit(target, replace=replace)
+            remember()
+            try:
+                removed = _may_go(source, opened) and original.go(check, options.still)
+                if not removed and options.all_or_nothing:
+                    raise Changing("a model, or what its diff needs, is in use", where=model)
+            except BaseException:
+                if options.all_or_nothing:
+                    original.give_up()
+                raise
+    return removed
 
 
 def _refuse(model: Path) -> None:
@@ -465,55 +505,3 @@ def keep_parents(
                 pending.append(open_parent.source)
             elif isinstance(open_parent.source, FileSource):
                 keeping.hold(store, Path(open_parent.source.path), record.sha256)
-
-
-def _remove(model: Path, source: FileSource, before: FileIdentity, target: Path, still: Callable[[], None]) -> bool:
-    """Remove the original if it is still the file that was read; a file that someone wrote meanwhile stays.
-
-    It leaves its name before it is looked at for the last time: who opens the name from then on gets the diff, so what
-    was not written by then cannot be written any more. Killed in between, a temporary file is left, beside the diff.
-    """
-    aside = model.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-    try:
-        try:
-            still()
-            _unchanged(model, source, before)
-        except HydraError:
-            if os.path.lexists(model):  # the diff is of what the file was: nobody wants that behind the file
-                target.unlink()
-            raise
-        model.rename(aside)
-        try:
-            now = os.fstat(source.fd)
-            same = (now.st_size, now.st_mtime_ns, now.st_ino) == (before.size, before.mtime_ns, before.inode)
-            if not same or not os.path.samestat(now, os.stat(aside)):
-                raise Changing("a model changed while it was read", where=model)
-            still()
-        except BaseException:
-            _bring_back(aside, model, target)
-            raise
-        # Nobody sees its name. Tried twice; what cannot go even then goes at the next start.
-        for _ in range(2):
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
-        fsync_folder(model.parent)
-        return True
-    except HydraError:
-        return False
-    except OSError as error:
-        raise from_oserror(error, "the diff is stored, but the original cannot be removed", model) from error
-
-
-def _bring_back(aside: Path, model: Path, target: Path) -> None:
-    """A write came in the middle, and wins: the file has its name again, and the diff of what it was is gone."""
-    try:
-        os.link(aside, model)
-    except FileExistsError:
-        pass  # a newer file has the name
-    except OSError:
-        if not os.path.lexists(model):
-            aside.rename(model)
-    with contextlib.suppress(OSError):
-        aside.unlink()
-    with contextlib.suppress(OSError):
-        target.unlink()

@@ -1,13 +1,11 @@
-"""What must not be lost: removing, renaming and overwriting models that others need.
+"""What must not be lost: removing and overwriting models that others need.
 
 Goal: whatever happens to the name of a parent, the diffs that need it go on being served.
 Plan: a parent in use has a second hard link, ``.hydrafs/held/SHA256``; a model that is removed or replaced while others
 need it moves to ``.hydrafs/retired/SHA256``, where it is in no listing (``.hydra`` behind it where it is a diff).
 Rule 1: a parent goes nowhere before it has its place among the retired; each step is one rename(2) or link(2).
-Rule 2: where two names must change, the order is such that a kill in between shows the old state or the new one, or
-        a journal says how to go on; ``recover`` does, at the next start.
-Rule 3: who changes names holds the store's lock; a lock of a dead process is none.
-Rule 4: a place promises nothing of what is in it: who opens a parent proves it, wherever it stands.
+Rule 2: who changes names holds the store's lock; a lock of a dead process is none.
+Rule 3: a place promises nothing of what is in it: who opens a parent proves it, wherever it stands.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
 import logging
 import os
 import secrets
@@ -33,12 +30,12 @@ from hydrafs.manifest import Parent
 from hydrafs.needs import Need, needs
 from hydrafs.store import TEMPORARY, Store, TemporaryFile, fsync_folder, looks_like_model, trailer_of
 
-__all__ = ["KeptLinks", "before_overwrite", "hold", "is_parent", "is_proven", "let_go", "needed_as", "place_of",
-           "recover", "remove_diff", "remove_model", "rename_model"]  # fmt: skip
+__all__ = ["KeptLinks", "before_overwrite", "carried", "diff_of", "drop", "hold", "is_parent", "is_proven",
+           "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of", "remove_diff", "remove_model",
+           "standing"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-_JOURNAL = "renaming-"
 _FICLONE = 0x40049409
 _COPY_NBYTES = 8 << 20
 _SIDECAR_SECONDS = 1.0
@@ -94,7 +91,7 @@ def hold(store: Store, path: Path, sha256: bytes) -> bool:
                 return True
             if not is_diff and is_proven(store, target, sha256) and not is_proven(store, path, sha256):
                 return True
-        with _carried(store, path, source, target):
+        with carried(store, path, source, target):
             _link_over(source, target)
     except OSError as error:
         log.debug("%s is not held: %s", path, error)
@@ -118,7 +115,7 @@ def _link_over(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _carried(store: Store, path: Path, *to: Path) -> Iterator[None]:
+def carried(store: Store, path: Path, *to: Path) -> Iterator[None]:
     """What is known of the file at ``path`` is known of it under ``path`` and ``to`` afterwards.
 
     A link or a rename changes the ctime of a file, and with it its identity, and nothing of what is in it.
@@ -145,6 +142,16 @@ def let_go(store: Store, stat: os.stat_result, needed: dict[bytes, Need]) -> Non
                 digest = entry.name.removesuffix(SUFFIX)
                 if not any(sha256.hex() == digest for sha256 in needed):
                     os.unlink(entry.path)
+
+
+def links_of(store: Store, stat: os.stat_result) -> list[Path]:
+    """Where a file is held."""
+    found = []
+    if stat.st_nlink > 1:
+        for folder in (store.held, store.retired):
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                found += [Path(e.path) for e in entries if e.inode() == stat.st_ino]
+    return found
 
 
 class KeptLinks:
@@ -231,11 +238,11 @@ def _retire(store: Store, path: Path, sha256: bytes, *, is_diff: bool, move: boo
     if not store.retired.is_dir():
         store.retired.mkdir(parents=True)
         fsync_folder(store.private)
-    there = _lstat(target)
+    there = lstat(target)
     here = os.lstat(path)
     same = there is not None and os.path.samestat(there, here)
     kept = same or (there is not None and not is_diff and is_proven(store, target, sha256))
-    with _carried(store, path, target, held):
+    with carried(store, path, target, held):
         if not kept:
             try:
                 if move:
@@ -294,7 +301,8 @@ def _like(fd: int, path: Path, stat: os.stat_result) -> None:
 # Names
 
 
-def _lstat(path: Path) -> os.stat_result | None:
+def lstat(path: Path) -> os.stat_result | None:
+    """lstat(2); ``None`` where nothing stands."""
     try:
         return os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -305,21 +313,23 @@ def _lstat(path: Path) -> os.stat_result | None:
         raise
 
 
-def _diff_of(path: Path) -> Path:
+def diff_of(path: Path) -> Path:
+    """Where the diff of a listed name stands."""
     return path.with_name(path.name + SUFFIX)
 
 
-def _standing(path: Path) -> tuple[os.stat_result | None, os.stat_result | None]:
+def standing(path: Path) -> tuple[os.stat_result | None, os.stat_result | None]:
     """What stands under a listed name: the file of that name, and its diff."""
-    diff = _lstat(_diff_of(path))
-    return _lstat(path), diff if diff is not None and stat_module.S_ISREG(diff.st_mode) else None
+    diff = lstat(diff_of(path))
+    return lstat(path), diff if diff is not None and stat_module.S_ISREG(diff.st_mode) else None
 
 
-def _is_regular(stat: os.stat_result | None) -> bool:
+def is_regular(stat: os.stat_result | None) -> bool:
+    """Whether a file stands there, and not a folder, a link or nothing."""
     return stat is not None and stat_module.S_ISREG(stat.st_mode)
 
 
-def _drop(store: Store, path: Path, *, is_diff: bool) -> None:
+def drop(store: Store, path: Path, *, is_diff: bool) -> None:
     """Take a file's name away; it is retired where others need it."""
     stat = os.lstat(path)
     if not stat_module.S_ISREG(stat.st_mode):
@@ -335,7 +345,7 @@ def _drop(store: Store, path: Path, *, is_diff: bool) -> None:
         let_go(store, stat, needs(store))
 
 
-def _keep(store: Store, path: Path, *, is_diff: bool) -> bool:
+def keep(store: Store, path: Path, *, is_diff: bool) -> bool:
     """Retire the file at ``path`` where others need it, and leave it its name; whether they do."""
     sha256 = needed_as(store, path, is_diff=is_diff)
     if sha256 is not None:
@@ -346,8 +356,8 @@ def _keep(store: Store, path: Path, *, is_diff: bool) -> bool:
 def remove_diff(store: Store, path: Path) -> None:
     """Take away the diff that a plain file of the listed name ``path`` hides, if there is one."""
     with store.lock():
-        if _standing(path)[1] is not None:
-            _drop(store, _diff_of(path), is_diff=True)
+        if standing(path)[1] is not None:
+            drop(store, diff_of(path), is_diff=True)
 
 
 def remove_model(store: Store, path: Path, *, protect: bool | None = None) -> None:
@@ -362,7 +372,7 @@ def remove_model(store: Store, path: Path, *, protect: bool | None = None) -> No
         Protected: the policy forbids it.
     """
     with store.lock():
-        plain, diff = _standing(path)
+        plain, diff = standing(path)
         if plain is None and diff is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
         if plain is not None and stat_module.S_ISDIR(plain.st_mode):
@@ -370,9 +380,9 @@ def remove_model(store: Store, path: Path, *, protect: bool | None = None) -> No
         if plain is None and (store.protect if protect is None else protect):
             raise Protected("a dehydrated model may not be removed", where=path)
         if diff is not None:  # the hidden one first: nobody sees it go
-            _drop(store, _diff_of(path), is_diff=True)
+            drop(store, diff_of(path), is_diff=True)
         if plain is not None:
-            _drop(store, path, is_diff=False)
+            drop(store, path, is_diff=False)
 
 
 def before_overwrite(store: Store, path: Path, *, truncate: bool = False) -> None:
@@ -386,12 +396,12 @@ def before_overwrite(store: Store, path: Path, *, truncate: bool = False) -> Non
         OSError: the old content cannot be kept, so it must not be written to.
     """
     with store.lock():
-        plain, diff = _standing(path)
+        plain, diff = standing(path)
         if diff is not None:
-            _keep(store, _diff_of(path), is_diff=True)
-        if plain is None or not _is_regular(plain):
+            keep(store, diff_of(path), is_diff=True)
+        if plain is None or not is_regular(plain):
             return
-        needed = _keep(store, path, is_diff=False)
+        needed = keep(store, path, is_diff=False)
         if not needed and plain.st_nlink > 1:
             let_go(store, plain, needs(store))
         if not needed:
@@ -402,176 +412,3 @@ def before_overwrite(store: Store, path: Path, *, truncate: bool = False) -> Non
         with TemporaryFile(path.parent) as temporary:
             _like(temporary.file.fileno(), path, plain)
             os.replace(temporary.path, path)
-
-
-def rename_model(store: Store, old: Path, new: Path, *, replace: bool = True, protect: bool | None = None) -> None:
-    """Rename a listed name over another, as rename(2) does; either may be a plain file, a diff or a folder.
-
-    Args:
-        old, new: listed names in the store, absolute.
-        replace: whether ``new`` may exist.
-        protect: whether to refuse that a dehydrated model is renamed (default: the store's policy).
-
-    Raises:
-        OSError: as rename(2).
-        Protected: the policy forbids it.
-    """
-    with store.lock():
-        (plain, diff), (target, target_diff) = _standing(old), _standing(new)
-        if plain is None and diff is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(old))
-        if not replace and (target is not None or target_diff is not None):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(new))
-        if old == new or (plain is not None and target is not None and os.path.samestat(plain, target)):
-            return
-        if plain is None and (store.protect if protect is None else protect):
-            raise Protected("a dehydrated model may not be renamed", where=old)
-        moves = store.is_pinned(old)
-        if moves:
-            store.repin([store.relative(new)])
-        if plain is None:
-            _rename_diff(store, old, new, target, target_diff)
-        else:
-            _rename_plain(store, old, new, plain, diff, target, target_diff)
-        if moves:
-            store.repin([], unpin=[store.relative(old)])
-
-
-def _rename_plain(
-    store: Store,
-    old: Path,
-    new: Path,
-    plain: os.stat_result,
-    diff: os.stat_result | None,
-    target: os.stat_result | None,
-    target_diff: os.stat_result | None,
-) -> None:
-    if stat_module.S_ISDIR(plain.st_mode):
-        if target is None and target_diff is not None:
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(new))
-        os.rename(old, new)
-        return
-    if target is not None and stat_module.S_ISDIR(target.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(new))
-    needed = False
-    if target is not None and _is_regular(target):
-        needed = _keep(store, new, is_diff=False)
-    if diff is not None:  # it would be seen under the old name once the file that hides it is gone
-        _drop(store, _diff_of(old), is_diff=True)
-    if stat_module.S_ISREG(plain.st_mode):
-        with _carried(store, old, new, *_links_of(store, plain)):
-            os.rename(old, new)
-    else:
-        os.rename(old, new)
-    if target is not None and not needed and target.st_nlink > 1:
-        let_go(store, target, needs(store))
-    if target_diff is not None:
-        _drop(store, _diff_of(new), is_diff=True)
-
-
-def _links_of(store: Store, stat: os.stat_result) -> list[Path]:
-    """Where a file is held."""
-    found = []
-    if stat.st_nlink > 1:
-        for folder in (store.held, store.retired):
-            with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                found += [Path(e.path) for e in entries if e.inode() == stat.st_ino]
-    return found
-
-
-def _rename_diff(
-    store: Store, old: Path, new: Path, target: os.stat_result | None, target_diff: os.stat_result | None
-) -> None:
-    source, destination = _diff_of(old), _diff_of(new)
-    if target is not None and stat_module.S_ISDIR(target.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(new))
-    if target is None:
-        if target_diff is not None:
-            kept = _keep(store, destination, is_diff=True)
-        with _carried(store, source, destination):
-            os.rename(source, destination)
-        if target_diff is not None and not kept and target_diff.st_nlink > 1:
-            let_go(store, target_diff, needs(store))
-        return
-    if target_diff is not None:
-        _drop(store, destination, is_diff=True)
-    journal = _write_journal(store, old, new, os.lstat(source), target)
-    try:
-        with _carried(store, source, destination):
-            try:
-                os.link(source, destination)
-            except OSError:
-                os.rename(source, destination)
-        _finish(store, old, new)
-    except OSError:
-        _undo(old, new)
-        raise
-    finally:
-        # After a failure that could not be undone either, the next start tries again.
-        if not (_lstat(source) and _lstat(destination)):
-            journal.unlink()
-
-
-def _finish(store: Store, old: Path, new: Path) -> None:
-    """The diff stands under the new name, behind the file that it replaces: from here on it can only go forward."""
-    _drop(store, new, is_diff=False)
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(_diff_of(old))
-
-
-def _undo(old: Path, new: Path) -> None:
-    with contextlib.suppress(OSError):
-        if _lstat(new) is None:
-            return  # the file that was replaced is gone: the new name is the diff's
-        if _lstat(_diff_of(old)) is None:
-            os.rename(_diff_of(new), _diff_of(old))
-        else:
-            os.unlink(_diff_of(new))
-
-
-def _write_journal(store: Store, old: Path, new: Path, diff: os.stat_result, plain: os.stat_result) -> Path:
-    path = store.private / f"{_JOURNAL}{secrets.token_hex(8)}"
-    entry = {
-        "old": os.fsencode(old.relative_to(store.root)).hex(),
-        "new": os.fsencode(new.relative_to(store.root)).hex(),
-        "diff": [diff.st_dev, diff.st_ino],
-        "plain": [plain.st_dev, plain.st_ino],
-    }
-    with TemporaryFile(store.private) as temporary:
-        temporary.file.write(json.dumps(entry).encode())
-        temporary.commit(path)
-    return path
-
-
-def recover(store: Store) -> None:
-    """End what a killed process began, and remove its temporary files under ``.hydrafs``. Called at every start."""
-    with store.lock():  # whoever wrote a journal held it: one that is there now is of the dead
-        for journal in sorted(store.private.glob(f"{_JOURNAL}*")):
-            try:
-                entry = json.loads(journal.read_bytes())
-                old = store.root / os.fsdecode(bytes.fromhex(entry["old"]))
-                new = store.root / os.fsdecode(bytes.fromhex(entry["new"]))
-                _recover(store, old, new, entry["diff"], entry["plain"])
-            except (ValueError, KeyError, TypeError):
-                log.warning("a journal that cannot be read is removed: %s", journal)
-            except OSError as error:
-                log.error("cannot end the renaming that %s tells of: %s", journal, error)
-                continue
-            journal.unlink(missing_ok=True)
-        for folder in (store.private, store.held, store.retired):
-            store.remove_leftovers(folder)
-
-
-def _recover(store: Store, old: Path, new: Path, diff: list[int], plain: list[int]) -> None:
-    moved = _lstat(_diff_of(new))
-    if moved is None or [moved.st_dev, moved.st_ino] != diff:
-        return
-    target = _lstat(new)
-    if target is not None and [target.st_dev, target.st_ino] != plain:
-        _undo(old, new)  # somebody gave the new name to another file since
-        return
-    if target is not None:
-        _drop(store, new, is_diff=False)
-    there = _lstat(_diff_of(old))
-    if there is not None and os.path.samestat(there, moved):
-        os.unlink(_diff_of(old))

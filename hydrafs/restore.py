@@ -30,6 +30,7 @@ from hydrafs.plan import Plan
 from hydrafs.prefetch import Prefetch, in_order
 from hydrafs.readahead import DecodePool, Reader
 from hydrafs.rehydrate import Rehydrated
+from hydrafs.replacing import take_name
 from hydrafs.store import ModelEntry, Store, TemporaryFile, listed_name
 
 Progress = Callable[[int], None]
@@ -116,13 +117,14 @@ def rehydrate(
     output: Path | None = None,
     *,
     progress: Progress | None = None,
-    carry: bool = False,
+    instead: bool = False,
 ) -> Restored:
-    """Write the model of a diff as a full file, with its mode and mtime; the diff stays.
+    """Write the model of a diff as a full file, with its mode and mtime; the diff stays, unless told so.
 
     Args:
         output: where to (default: under the model's name, beside the diff). A folder gets the model's name in it.
-        carry: give it the owner and the extended attributes of the diff, too, as to the file that takes its place.
+        instead: it takes the place of the diff: it gets the owner and the extended attributes of that, too, and the
+            diff goes.
 
     Raises:
         AlreadyThere: a file of that name exists.
@@ -144,16 +146,19 @@ def rehydrate(
                 found = read_all(model, temporary.file.write, progress)
                 temporary.file.flush()
                 fd = temporary.file.fileno()
-                if carry:
+                if instead:
                     carry_over(model.diff.fd, fd)
                 os.fchmod(fd, model.diff.trailer.mode & 0o7777)
                 mtime_ns = model.diff.trailer.mtime_ns
-                os.utime(fd, ns=(model.diff.stat.st_atime_ns if carry else mtime_ns, mtime_ns))
+                os.utime(fd, ns=(model.diff.stat.st_atime_ns if instead else mtime_ns, mtime_ns))
             except OSError as error:
                 raise from_oserror(error, "cannot write the model", target) from error
             if found != model.manifest.sha256:
                 raise _another(entry.path, found, model.manifest.sha256)
-            temporary.commit(target)
+            if instead:
+                take_name(store, temporary, target)
+            else:
+                temporary.commit(target)
         return Restored(target, model.size, found)
 
 

@@ -23,7 +23,7 @@ import tomli_w
 from hydrafs.catalog import Catalog
 from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
-from hydrafs.errors import AlreadyThere, HydraError, NotFound, UsageError, from_oserror
+from hydrafs.errors import AlreadyThere, NotFound, UsageError, from_oserror
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -214,6 +214,7 @@ class Store:
         except OSError as error:
             raise from_oserror(error, "cannot open the store", path) from error
         self.catalog = Catalog(self._catalog_path() if self.private.is_dir() else None)
+        self._pins_of = (0, 0)
         self._configure()
 
     def _catalog_path(self) -> Path | None:
@@ -268,15 +269,7 @@ class Store:
         except OSError as error:
             raise from_oserror(error, "cannot read the store's configuration", self._config_path) from error
 
-    def _config_stat(self) -> tuple[int, int, int] | None:
-        try:
-            stat = os.stat(self._config_path)
-        except OSError:
-            return None
-        return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
     def _configure(self) -> None:
-        self._configured = self._config_stat()
         config = self._config()
         folders = self._texts(config, "base_folders", '["/path"]')
         pinned = frozenset(self._texts(config, "pinned", '["sd15.safetensors"]'))
@@ -346,11 +339,22 @@ class Store:
         self._change_config(change)
 
     def is_pinned(self, path: Path) -> bool:
-        """Whether the model at the absolute ``path`` is to stay whole, as the configuration has it now."""
-        if self._config_stat() != self._configured:
-            with contextlib.suppress(HydraError):  # damaged, or half written by hand: what was read before still holds
-                self._configure()
-        return self.relative(path) in self.pinned
+        """Whether the model at the absolute ``path`` is to stay whole, as the configuration says now."""
+        return self.relative(path) in self._pins_now()
+
+    def pins_in(self, path: Path) -> list[str]:
+        """The pinned names that a renaming of the absolute ``path`` changes: its own, and those in the folder."""
+        name = self.relative(path)
+        return sorted(p for p in self._pins_now() if p == name or p.startswith(f"{name}/"))
+
+    def _pins_now(self) -> frozenset[str]:
+        # Another process may have pinned a model since.
+        with contextlib.suppress(OSError, UsageError):
+            stat = os.stat(self._config_path)
+            if self._pins_of != (stat.st_ino, stat.st_mtime_ns):
+                self.pinned = frozenset(self._texts(self._config(), "pinned", '["sd15.safetensors"]'))
+                self._pins_of = stat.st_ino, stat.st_mtime_ns
+        return self.pinned
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -11,18 +11,18 @@ import os
 import shutil
 import string
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydrafs import keeping
+from hydrafs import keeping, replacing
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, from_oserror
 from hydrafs.needs import Need, diffs, kept_diffs, needs, record_of
 from hydrafs.opening import Opener
-from hydrafs.restore import rehydrate
+from hydrafs.restore import prove, rehydrate
 from hydrafs.store import PRIVATE, TEMPORARY, ModelEntry, Store, fsync_folder, is_private, trailer_of
 
 __all__ = ["Collected", "Rehomed", "Removed", "collect", "hold_parents", "rehome", "start"]
@@ -33,7 +33,7 @@ _REHOMING = f"{TEMPORARY}rehoming-"
 
 def start(store: Store) -> None:
     """What every start does: end what a killed process began, and remove the temporary files that it left anywhere."""
-    keeping.recover(store)
+    replacing.recover(store)
     for folder in store.private.glob(f"{_REHOMING}*"):
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
@@ -54,6 +54,7 @@ def hold_parents(store: Store) -> list[Need]:
     Returns:
         What cannot be held: no such file, or on another filesystem. Only its name keeps it.
     """
+    _hold_anew(store)
     unheld = []
     with store.lock(), contextlib.closing(Opener(store, ChunkCache(0))) as opener:
         for sha256, need in needs(store).items():
@@ -63,6 +64,23 @@ def hold_parents(store: Store) -> list[Need]:
             if path is None or not keeping.hold(store, path, sha256):
                 unheld.append(need)
     return unheld
+
+
+def _hold_anew(store: Store) -> None:
+    """Let go of a held diff in whose place another of the same model is listed: it takes its space for nothing, and
+    goes on needing what that does not. Who replaced it was killed in between."""
+    alone = {p.name: p for p in _kept(store.held) if p.name.endswith(SUFFIX) and os.lstat(p).st_nlink == 1}
+    if not alone:
+        return
+    for _, path in diffs(store):
+        with contextlib.suppress(OSError, HydraError):
+            before = os.lstat(path)
+            sha256 = record_of(store, path).sha256
+            if keeping.place_of(store.held, sha256, is_diff=True).name in alone:
+                prove(store, path)
+                with store.lock():
+                    if os.path.samestat(os.lstat(path), before):
+                        keeping.hold(store, path, sha256)
 
 
 def _is_kept(store: Store, sha256: bytes, *, is_diff: bool, need: Need) -> bool:
@@ -176,6 +194,19 @@ def _all_open(store: Store, without: frozenset[Path]) -> bool:
     return True
 
 
+def _descent(store: Store, ancestors: set[bytes]) -> list[Path]:
+    """The listed diffs that cannot be read without one of these models, through any chain."""
+    known = [(path, record_of(store, path)) for _, path in diffs(store)]
+    found: list[Path] = []
+    grown = True
+    while grown:
+        more = [(p, r) for p, r in known if p not in found and any(q[0] in ancestors for q in r.parents)]
+        found += [path for path, _ in more]
+        ancestors = ancestors | {record.sha256 for _, record in more}
+        grown = bool(more)
+    return found
+
+
 # Another home
 
 
@@ -202,18 +233,23 @@ def rehome(
     done: list[Rehomed] = []
     for retired in _kept(store.retired):
         sha256 = bytes.fromhex(retired.name.removesuffix(SUFFIX))
-        need = needs(store).get(sha256)
-        if need is None or not need.dependents or _needed_by_kept(store, sha256):
+        needed = needs(store)
+        need = needed.get(sha256)
+        if need is None or not need.dependents or _needed_by_kept(store, sha256, needed):
             continue
         with tempfile.TemporaryDirectory(prefix=_REHOMING, dir=store.private) as scratch:
             done += _rehome_from(store, retired, sha256, Path(scratch), options, dry_run, progress)
     return done
 
 
-def _needed_by_kept(store: Store, sha256: bytes) -> bool:
+def _needed_by_kept(store: Store, sha256: bytes, needed: Collection[bytes]) -> bool:
+    """Whether a diff needs that model which is kept for others itself, and not listed: it can have no other home."""
+    listed = {stat.st_ino for _, path in diffs(store) if (stat := keeping.lstat(path))}
     for path in kept_diffs(store):
         with contextlib.suppress(OSError, HydraError):
-            if any(parent[0] == sha256 for parent in record_of(store, path).parents):
+            record = record_of(store, path)
+            needs_it = any(parent[0] == sha256 for parent in record.parents)
+            if needs_it and record.sha256 in needed and os.lstat(path).st_ino not in listed:
                 return True
     return False
 
@@ -229,15 +265,16 @@ def _rehome_from(
 ) -> list[Rehomed]:
     family = [(n, p) for n, p in diffs(store) if any(q[0] == sha256 for q in record_of(store, p).parents)]
     before = {path: os.stat(path) for _, path in family}
+    descent = _descent(store, {record_of(store, path).sha256 for path in before})
     made: list[tuple[str, Path, Path, tuple[str, ...]]] = []
     for number, (name, path) in enumerate(family):
         progress(name)
         folder = scratch / str(number)
         folder.mkdir()
         full = rehydrate(store, ModelEntry(name, path, True), folder / Path(name).name).path
-        # Neither against each other, nor against what is to go: that would need it still.
+        # Neither against each other or what needs them, nor against what is to go: that would need it still.
         chosen = Options(
-            not_bases=(*(p for _, p in family), full), keep=True, jobs=options.jobs, codec=options.codec,
+            not_bases=(*before, *descent, full), keep=True, jobs=options.jobs, codec=options.codec,
             chunk_nbytes=options.chunk_nbytes, still=options.still,
         )  # fmt: skip
         outcome = dehydrate(store, full, chosen)
@@ -258,4 +295,7 @@ def _rehome_from(
             if not dry_run:
                 os.replace(diff, path)
                 fsync_folder(path.parent)
+                digest = trailer_of(path).sha256
+                if keeping.place_of(store.held, digest, is_diff=True).exists():
+                    keeping.hold(store, path, digest)
     return done

@@ -36,10 +36,11 @@ from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attribu
 from hydrafs.hashing import KnownHashes
 from hydrafs.helper import Helper
 from hydrafs.identity import FileIdentity
-from hydrafs.keeping import KeptLinks, recover
+from hydrafs.keeping import KeptLinks
 from hydrafs.opening import Opener
 from hydrafs.readahead import DecodePool
 from hydrafs.rehydrate import Rehydrated
+from hydrafs.replacing import recover
 from hydrafs.store import Store, is_private, listed_name
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from typing import Any
 
 import msgspec
 
-from hydrafs import covered, keeping, tending, working
+from hydrafs import covered, tending, working
 from hydrafs.activity import Activity
 from hydrafs.dehydrate import Options, Outcome, dehydrate
 from hydrafs.diff import SUFFIX
@@ -263,7 +263,9 @@ class Worker:
                 self._configure()
                 if self.store.is_pinned(path):
                     return None
-                options = Options(jobs=self.jobs, still=still, not_bases=tuple(not_bases), alone=False)
+                options = Options(
+                    jobs=self.jobs, still=still, not_bases=tuple(not_bases), alone=False, all_or_nothing=True
+                )
                 outcome = dehydrate(self.store, path, options, progress=progress)
         except Changing as error:
             log.info("%s is left for later: %s", path, error)
@@ -273,13 +275,6 @@ class Worker:
             log.warning("%s is not dehydrated: %s", path, error)
             self._tell("working", last_error=f"{plain_text(name)}: {covered.shown(printable(str(error)))}")
             self._leave_whole(path, seen)
-            return None
-        if outcome.diff is not None and not outcome.original_removed:
-            # It was written to at the last moment, or a parent is in use by another process. Behind the file that stays
-            # a diff would be taken for the user's own.
-            with contextlib.suppress(OSError):
-                keeping.remove_diff(self.store, path)
-            seen.since = self.clock()
             return None
         if outcome.diff is None:
             self._leave_whole(path, seen)

@@ -25,7 +25,9 @@ from hydrafs.departing import Departed, is_hidden_name
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, Protected
 from hydrafs.handles import OpenFile, PlainFile
-from hydrafs.keeping import before_overwrite, remove_diff, remove_model, rename_model
+from hydrafs.keeping import before_overwrite, remove_model
+from hydrafs.renaming import rename_model
+from hydrafs.replacing import recover, take_name
 from hydrafs.restore import carry_over, change_attributes, rehydrate
 from hydrafs.store import ModelEntry, TemporaryFile, fsync_folder, is_private
 from hydrafs.vfs import XATTR_HASH, XATTR_PREFIX, Place, StoreTree
@@ -164,8 +166,10 @@ class WritableTree(StoreTree):
         try:
             os.rmdir(real)
         except OSError as error:
-            if error.errno != errno.ENOTEMPTY or self.members(real) or not self.store.remove_leftovers(Path(real)):
+            if error.errno != errno.ENOTEMPTY or self.members(real):
                 raise
+            recover(self.store)
+            self.store.remove_leftovers(Path(real))
             os.rmdir(real)
         self.touched(os.path.dirname(real))
         self.names.forget(path)
@@ -329,12 +333,11 @@ class WritableTree(StoreTree):
                 self._empty(place, listed)
             else:
                 try:
-                    rehydrate(self.store, ModelEntry(path, Path(place.real), True), listed, carry=True)
+                    rehydrate(self.store, ModelEntry(path, Path(place.real), True), listed, instead=True)
                 except HydraError as error:
                     log.error("cannot make %s a plain file to be written to: %s", path, error)
                     raise
             self._follow(path, place)
-            remove_diff(self.store, listed)
 
     def _empty(self, place: Place, listed: Path) -> None:
         trailer = self.trailer(place)
@@ -344,7 +347,7 @@ class WritableTree(StoreTree):
                 carry_over(fd, temporary.file.fileno())
                 mode = trailer.mode if trailer is not None else place.stat.st_mode
                 os.fchmod(temporary.file.fileno(), mode & 0o7777)
-                temporary.commit(listed)
+                take_name(self.store, temporary, listed)
         finally:
             os.close(fd)
 

@@ -17,7 +17,18 @@ from hydrafs.store import Store
 SCENARIOS = [
     "dehydrate", "remove a base", "remove a diff that is a parent", "remove the last", "file over base",
     "file over diff", "diff over base", "diff over diff", "overwrite a base", "truncate a base", "collect", "rehome",
-    "rehydrate",
+    "rehydrate in place",
+]  # fmt: skip
+MORE = [
+    "dehydrate and keep", "dehydrate again", "dehydrate elsewhere", "dehydrate a base", "a worker's step",
+    "remove a file and the diff behind it", "remove the last dependent of a retired diff", "replace the last",
+    "remove all", "base over diff", "diff over file", "diff over a diff behind its file", "rename with a pin",
+    "rename a folder that holds parents", "move a diff into a folder", "move a base into a folder",
+    "exchange two diffs", "exchange a diff and a base", "save over a model", "link a diff", "attributes",
+    "write into a diff", "write into a diff that is a parent", "write into a base", "overwrite a diff",
+    "overwrite a diff that is a parent", "cut a diff", "cut a base to nothing", "rehydrate beside", "uncompress",
+    "uncompress a parent", "merge", "hold the parents", "collect a retired diff and what it needs",
+    "collect with dependents of a retired diff", "rehome two", "rehome a diff that is a parent",
 ]  # fmt: skip
 
 
@@ -63,17 +74,21 @@ def test_killed_at_some_instants(template: Path, tmp_path: Path, scenario: str) 
     assert kills(template, tmp_path, scenario, "before", 2, 4, 6) >= 1
 
 
+@pytest.mark.parametrize("scenario", ["a worker's step", "overwrite a diff that is a parent", "write into a diff"])
+def test_killed_at_the_last_instants(template: Path, tmp_path: Path, scenario: str) -> None:
+    assert kills(template, tmp_path, scenario, "after", 8, 3, 5) >= 1
+
+
 @pytest.mark.slow
-def test_killed_at_every_instant(template: Path, tmp_path: Path) -> None:
-    """Each operation of each change, and three of the changes again until there have been five hundred kills."""
-    total = 0
-    for scenario in SCENARIOS:
-        for mode in ("before", "after"):
-            total += kills(template, tmp_path, scenario, mode, 1, 1, 1000)
-    print(f"{total} different kills")
-    for _ in range(10):
-        if total >= 500:
-            break
-        for scenario in ("diff over base", "dehydrate", "rehome"):
-            total += kills(template, tmp_path, scenario, "before", 1, 1, 1000)
-    assert total >= 500
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *MORE])
+def test_killed_at_every_instant(template: Path, tmp_path: Path, scenario: str) -> None:
+    """Before each operation of each change, and after each: no two of the kills are the same."""
+    total = sum(kills(template, tmp_path, scenario, mode, 1, 1, 1000) for mode in ("before", "after"))
+    _made[scenario] = total
+    print(f"{scenario}: {total}")
+    if len(_made) == len(SCENARIOS) + len(MORE):
+        print(f"{sum(_made.values())} different kills")
+        assert sum(_made.values()) >= 500
+
+
+_made: dict[str, int] = {}

@@ -699,6 +699,7 @@ from pathlib import Path
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import DiffWriter
 from hydrafs.errors import HydraError
+from hydrafs.replacing import recover
 from hydrafs.store import Store, TemporaryFile
 
 # A payload lies in a buffer, and any write may be the one that takes it to the disk.
@@ -710,6 +711,7 @@ DiffWriter.append = step(append_and_flush)
 DiffWriter.finish = step(DiffWriter.finish)
 
 with contextlib.closing(Store(root, create=True)) as store:
+    recover(store)
     store.remove_leftovers(Path(root))
     armed = True
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Filled, ModelMaker
 
-from hydrafs import keeping
+from hydrafs import keeping, renaming
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.errors import HydraError, ParentUnavailable, Protected
@@ -148,7 +148,7 @@ class TestRemoving:
             keeping.remove_model(family.store, family.path("tuned0.safetensors"))
         assert caught.value.errno == 1
         with pytest.raises(Protected):
-            keeping.rename_model(family.store, family.path("tuned0.safetensors"), family.path("x.safetensors"))
+            renaming.rename_model(family.store, family.path("tuned0.safetensors"), family.path("x.safetensors"))
         keeping.remove_model(family.store, family.path("base.safetensors"))
         keeping.remove_model(family.store, family.path("tuned0.safetensors"), protect=False)
         family.check(but=("base.safetensors", "tuned0.safetensors"))
@@ -165,7 +165,7 @@ class TestRenaming:
     def test_over_a_base(self, family: Family) -> None:
         new = family.path("new.safetensors")
         new.write_bytes(b"z" * 5000)
-        keeping.rename_model(family.store, new, family.path("base.safetensors"))
+        renaming.rename_model(family.store, new, family.path("base.safetensors"))
         assert family.read("base.safetensors") == b"z" * 5000
         family.check(but=("base.safetensors",))
 
@@ -173,7 +173,7 @@ class TestRenaming:
     def test_a_diff_over_a_base(self, family: Family, linked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if not linked:
             monkeypatch.setattr(os, "link", _no_links)
-        keeping.rename_model(family.store, family.path("tuned0.safetensors"), family.path("base.safetensors"))
+        renaming.rename_model(family.store, family.path("tuned0.safetensors"), family.path("base.safetensors"))
         assert family.names() == ["base.safetensors", "tuned1.safetensors", "tuned2.safetensors"]
         assert family.read("base.safetensors") == family.originals["tuned0.safetensors"]
         family.check(but=("base.safetensors", "tuned0.safetensors"))
@@ -182,31 +182,31 @@ class TestRenaming:
     def test_a_plain_file_over_a_diff(self, family: Family) -> None:
         new = family.path("new.safetensors")
         new.write_bytes(b"z" * 5000)
-        keeping.rename_model(family.store, new, family.path("tuned1.safetensors"))
+        renaming.rename_model(family.store, new, family.path("tuned1.safetensors"))
         assert family.read("tuned1.safetensors") == b"z" * 5000
         assert not family.path("tuned1.safetensors.hydra").exists()
         family.check(but=("tuned1.safetensors",))
 
     def test_a_diff_over_a_diff(self, family: Family) -> None:
-        keeping.rename_model(family.store, family.path("tuned0.safetensors"), family.path("tuned1.safetensors"))
+        renaming.rename_model(family.store, family.path("tuned0.safetensors"), family.path("tuned1.safetensors"))
         assert family.read("tuned1.safetensors") == family.originals["tuned0.safetensors"]
         assert family.names() == ["base.safetensors", "tuned1.safetensors", "tuned2.safetensors"]
 
     def test_a_base_keeps_what_is_known_of_it(self, family: Family) -> None:
         new = family.path("moved.safetensors")
-        keeping.rename_model(family.store, family.path("base.safetensors"), new)
+        renaming.rename_model(family.store, family.path("base.safetensors"), new)
         assert keeping.is_proven(family.store, new, sha256_of(family.originals["base.safetensors"]))
         family.check(but=("base.safetensors",))
 
     def test_a_hidden_diff_does_not_come_to_light(self, family: Family) -> None:
         family.path("tuned0.safetensors").write_bytes(b"newer")
-        keeping.rename_model(family.store, family.path("tuned0.safetensors"), family.path("x.safetensors"))
+        renaming.rename_model(family.store, family.path("tuned0.safetensors"), family.path("x.safetensors"))
         assert "tuned0.safetensors" not in family.names()
         assert family.read("x.safetensors") == b"newer"
 
     def test_a_pin_goes_along(self, family: Family) -> None:
         family.store.pin(["base.safetensors"])
-        keeping.rename_model(family.store, family.path("base.safetensors"), family.path("b.safetensors"))
+        renaming.rename_model(family.store, family.path("base.safetensors"), family.path("b.safetensors"))
         assert family.store.pinned == {"b.safetensors"}
 
     @pytest.mark.parametrize("old", ["plain", "diff", "folder", "nothing"])
@@ -245,7 +245,7 @@ class TestRenaming:
 
         expected = outcome(plainly)
         done = outcome(
-            lambda: keeping.rename_model(
+            lambda: renaming.rename_model(
                 family.store, family.path(names["old"]), family.path(names["new"]), replace=replace
             )
         )

@@ -192,9 +192,9 @@ class TestStart:
 
     @pytest.mark.logs("journal that cannot be read")
     def test_a_damaged_journal(self, family: Family) -> None:  # noqa: F811
-        (family.store.private / "renaming-00").write_bytes(b"{")
+        (family.store.private / "journal-00").write_bytes(b"{")
         tending.start(family.store)
-        assert not list(family.store.private.glob("renaming-*"))
+        assert not list(family.store.private.glob("journal-*"))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import AlreadyThere, UsageError, from_oserror
 from hydrafs.opening import Opener
+from hydrafs.replacing import recover
 from hydrafs.seed import checkpoint
 from hydrafs.seed.plan import Item, hydrated
 from hydrafs.seed.reader import limit_for, open_diff
@@ -51,6 +52,7 @@ def command(legacy: str, base: str, folder: str | None, name: str | None, jobs: 
     target = _target(path, folder, name)
     root = find_root(target.parent) or target.parent
     with contextlib.closing(Store(root, create=True)) as store:
+        recover(store)
         store.remove_leftovers(target.parent)
         for taken in (target, target.with_name(target.name + SUFFIX)):
             if os.path.lexists(taken):
