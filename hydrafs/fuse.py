@@ -26,7 +26,14 @@ from typing import Any, Protocol, cast
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.callbacks import decode, encode, errno_of, failed, guarded, memory
 from hydrafs.fusewriting import READ_ONLY, WritableTree, WritingCallbacks
-from hydrafs.libfuse import BINDINGS, MAX_BACKGROUND, READAHEAD_NBYTES, Binding, load_binding
+from hydrafs.libfuse import (
+    BINDINGS,
+    MAX_BACKGROUND,
+    READAHEAD_NBYTES,
+    Binding,
+    has_coherent_direct_writes,
+    load_binding,
+)
 
 __all__ = ["BINDINGS", "Attributes", "Binding", "Entry", "Handle", "Tree", "errno_of", "load_binding", "serve"]
 
@@ -121,6 +128,7 @@ class _Adapter:
         self._stat: Any = binding.module.c_stat
         self._numbers = itertools.count(1)
         self._read_only = getattr(tree, "read_only", True)
+        self._direct_writes = binding.major >= 3 and has_coherent_direct_writes(os.uname().release)
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, _Directory] = {}
         self.failure: BaseException | None = None
@@ -207,6 +215,10 @@ class _Adapter:
         try:
             opened.keep_cache = 1 if handle.keep_cache else 0
             opened.fh = number
+            if self._direct_writes and opened.flags & os.O_ACCMODE == os.O_WRONLY:
+                # The kernel copies nothing into its own pages then, and does not ask for security.capability before
+                # each write. It does not take set-user-ID away either: such a file is written to as ever.
+                opened.direct_io = 0 if handle.attributes().mode & (stat.S_ISUID | stat.S_ISGID) else 1
         except BaseException:
             self._close(number)
             raise

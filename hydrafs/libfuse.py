@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import re
 import sys
 from ctypes.util import find_library
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from hydrafs.errors import MountFailed
 
-__all__ = ["BINDINGS", "Binding", "load_binding"]
+__all__ = ["BINDINGS", "Binding", "has_coherent_direct_writes", "load_binding"]
 
 BINDINGS = ("mfusepy", "fusepy")
 """Names of the bindings, the preferred one first."""
@@ -36,6 +37,19 @@ TIMEOUT_SECONDS = 1.0
 """How long the kernel trusts a name and its attributes: the time in which a change of the store is seen."""
 # Absent names are not remembered at all: a model must open at once after it was added, also for who asked too early.
 NEGATIVE_TIMEOUT_SECONDS = 0.0
+
+
+_COHERENT_DIRECT_WRITES = (6, 18, 3)
+
+
+def has_coherent_direct_writes(release: str) -> bool:
+    """Whether the kernel of this ``uname -r`` keeps a file's cached pages right while another open writes past them.
+
+    Before Linux 6.18.3 a read that competes with such a write may leave the old bytes in the cache (the fix is "fuse:
+    Invalidate the page cache after FOPEN_DIRECT_IO write"). Where it was brought to older ones, nothing tells of it.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", release)
+    return numbers is not None and tuple(int(number or 0) for number in numbers.groups()) >= _COHERENT_DIRECT_WRITES
 
 
 @dataclass(frozen=True, slots=True)

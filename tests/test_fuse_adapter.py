@@ -28,7 +28,7 @@ from hydrafs import errors
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.errors import Denied, HydraError, MountFailed, NotFound, ParentMissing, UsageError
 from hydrafs.fuse import BINDINGS, errno_of
-from hydrafs.libfuse import load_binding
+from hydrafs.libfuse import has_coherent_direct_writes, load_binding
 from hydrafs.mounting import MountOptions, mount, mount_in_background, our_mounts, parse_options, unmount
 from hydrafs.mountpoints import check_store_paths, clear_stale
 
@@ -669,6 +669,15 @@ def test_paths_that_a_mount_would_hide(tmp_path):
     check_store_paths(store, [store], over_store=True)
     with pytest.raises(UsageError, match="hide"):
         check_store_paths(store, [store, point], over_store=True)
+
+
+@pytest.mark.parametrize(
+    ("release", "coherent"),
+    [("6.18.2", False), ("6.18.3-arch1-1", True), ("6.18", False), ("6.19.0-rc4", True), ("7.0", True),
+     ("5.15.0-91-generic", False), ("6.8.0-45-generic", False), ("", False), ("unknown", False)],
+)  # fmt: skip
+def test_kernels_that_may_write_past_their_pages(release: str, coherent: bool) -> None:
+    assert has_coherent_direct_writes(release) is coherent
 
 
 def test_the_binding_is_named_or_found():

@@ -466,21 +466,29 @@ def test_a_file_mapped_and_written_to(copied: Copied, mounted: Mounted) -> None:
 
 
 def fsx(path: Path, operations: int, seed: int) -> None:
-    """Random reads, writes, truncations and mapped accesses of one file, compared with the same on bytes in memory."""
+    """Random reads, writes, truncations and mapped accesses of one file, compared with the same on bytes in memory.
+
+    A third of the writes go through descriptors that can only write, which bypass the kernel's pages of the file.
+    """
     chance = random.Random(seed)
     path.touch()
     content = bytearray()
     largest = 300_000
-    fd = os.open(path, os.O_RDWR)
+    fd, only_writes = os.open(path, os.O_RDWR), os.open(path, os.O_WRONLY)
+    appends = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         for number in range(operations):
             action = chance.randrange(100)
             offset, nbytes = chance.randrange(largest), chance.randrange(1, 40_000)
             if action < 30:
                 assert os.pread(fd, nbytes, offset) == content[offset : offset + nbytes], number
+            elif action < 32:
+                block = chance.randbytes(min(nbytes, largest - len(content))) if len(content) < largest else b""
+                assert os.write(appends, block) == len(block)
+                content += block
             elif action < 60:
                 block = chance.randbytes(nbytes)
-                assert os.pwrite(fd, block, offset) == nbytes
+                assert os.pwrite(fd if action < 50 else only_writes, block, offset) == nbytes
                 content.extend(bytes(max(0, offset - len(content))))
                 content[offset : offset + nbytes] = block
             elif action < 68:
@@ -501,7 +509,8 @@ def fsx(path: Path, operations: int, seed: int) -> None:
                 os.fsync(fd)
             assert os.fstat(fd).st_size == len(content), number
     finally:
-        os.close(fd)
+        for descriptor in (fd, only_writes, appends):
+            os.close(descriptor)
     assert path.read_bytes() == content
 
 
@@ -517,6 +526,49 @@ def test_random_accesses_of_a_file_at_length(copied: Copied, mounted: Mounted) -
     live = mounted(copied("base.safetensors"))
     fsx(live.path / "random", 50_000, 2)
     assert (live.root / "random").read_bytes() == (live.path / "random").read_bytes()
+
+
+def test_what_is_written_is_read_whoever_else_reads(copied: Copied, mounted: Mounted) -> None:
+    live = mounted(copied("base.safetensors"))
+    path, nbytes = live.path / "contended", 64 << 10
+    path.write_bytes(bytes(nbytes))
+    stop = threading.Event()
+
+    def keep_reading() -> None:  # and so compete for the kernel's pages, also through maps
+        while not stop.is_set():
+            path.read_bytes()
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+                bytes(mapped)
+
+    threads = [threading.Thread(target=keep_reading) for _ in range(2)]
+    writer, reader = os.open(path, os.O_WRONLY), os.open(path, os.O_RDONLY)
+    try:
+        with mmap.mmap(reader, nbytes, prot=mmap.PROT_READ) as mapped:
+            for thread in threads:
+                thread.start()
+            for number in range(1, 400):
+                block = bytes([number % 256]) * nbytes
+                assert os.pwrite(writer, block, 0) == nbytes
+                assert os.pread(reader, nbytes, 0) == block, number
+                assert mapped[:] == block, number
+                assert path.read_bytes() == block, number
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        os.close(writer)
+        os.close(reader)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_who_writes_to_a_program_takes_its_rights_away(copied: Copied, mounted: Mounted) -> None:
+    live = mounted(copied("base.safetensors"), "-o", "allow_other")
+    path = live.path / "program"
+    path.write_bytes(b"program")
+    path.chmod(0o4777)
+    code = "import os; os.setuid(65534); os.write(os.open('program', os.O_WRONLY), b'other')"
+    subprocess.run([sys.executable, "-c", code], cwd=live.path, check=True)
+    assert (path.read_bytes(), stat.S_IMODE(path.stat().st_mode)) == (b"otheram", 0o777)
 
 
 # What programs do
