@@ -11,6 +11,8 @@ Rule 2: a file that is replaced is there until the other one is. libfuse hides t
 Rule 3: a look-up takes the attributes first and libfuse's number of the file after. Between a rename and the moment
         when libfuse knows of it these would be of two files, and readers of the old one would see the size of the new:
         for ``_TOLD_SECONDS`` after a rename, look-ups of the name wait.
+Rule 4: who looked a name up before it was replaced and opens it after gets the file that it had, as on any filesystem:
+        it is kept open for ``_OPENABLE_SECONDS``. At ESTALE the kernel looks once more, which may be too late again.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ log = logging.getLogger("hydrafs.vfs")
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}\Z")
 _SECONDS = 0.02
 _TOLD_SECONDS = 0.005
+_OPENABLE_SECONDS = 0.2
 _REMEMBERED = 10_000
 
 
@@ -57,6 +60,7 @@ class Departed:
         self._files: dict[str, list[OpenFile]] = {}
         self._leaving: dict[str, _Leaving] = {}
         self._replaced: dict[str, tuple[int, float]] = {}
+        self._kept: set[OpenFile] = set()
         self._used: LRUCache[str, bool] = LRUCache(_REMEMBERED)
 
     def hide(self, path: str, hidden: str, files: Sequence[OpenFile], delete: Callable[[], None]) -> None:
@@ -69,6 +73,26 @@ class Departed:
         timer = threading.Timer(_SECONDS, self._finish, (leaving,))
         timer.daemon = True
         timer.start()
+
+    def keep(self, file: OpenFile) -> None:
+        """Close ``file``, which is among those that answer for a name, in a while."""
+        with self._lock:
+            self._kept.add(file)
+        timer = threading.Timer(_OPENABLE_SECONDS, self._let_go, (file,))
+        timer.daemon = True
+        timer.start()
+
+    def _let_go(self, file: OpenFile) -> None:
+        with self._lock:
+            kept = file in self._kept
+            self._kept.discard(file)
+        if kept:
+            file.close()
+
+    def join(self, hidden: str, file: OpenFile) -> None:
+        """``file`` was opened under a name that libfuse made up, and answers for it too."""
+        with self._lock:
+            self._files.setdefault(hidden, []).append(file)
 
     def file(self, hidden: str) -> OpenFile | None:
         """An open file that answers for the name."""
@@ -170,3 +194,5 @@ class Departed:
         for leaving in waiting:
             self._finish(leaving)
             leaving.done.wait()
+        for file in list(self._kept):
+            self._let_go(file)

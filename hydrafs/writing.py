@@ -73,8 +73,7 @@ class WritableTree(StoreTree):
         if is_hidden_name(path):
             file = self.departed.file(path)
             if file is not None:
-                real, found = f"/proc/self/fd/{file.fd}", file.stat()
-                return Place(real, not isinstance(file.source, PlainFile), found, real, file)
+                return _place_of(file)
             if self.departed.was(path):
                 # Looked up before it was replaced, and not yet opened: at this the kernel looks up the name again.
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
@@ -196,7 +195,12 @@ class WritableTree(StoreTree):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
         files = [claim.holder for claim in self.names.claims(path)]
         self.names.move(path, hidden)
-        self.departed.hide(path, hidden, files, lambda: self._delete(place))
+        kept = None
+        with contextlib.suppress(OSError, HydraError):  # then the kernel looks again, and most often in time
+            kept = self.open_place(hidden, _place_of(files[0]) if files else place)
+        self.departed.hide(path, hidden, [*files, kept] if kept else files, lambda: self._delete(place))
+        if kept is not None:
+            self.departed.keep(kept)
 
     def _rename(self, old: str, new: str, flags: int) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
@@ -271,7 +275,15 @@ class WritableTree(StoreTree):
             # The kernel meant the name that the file had: it looks that up again.
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
         if not flags & (os.O_ACCMODE | os.O_TRUNC):
-            return self.open_place(path, self.find(path))
+            place = self.find(path)
+            if place.departed is None:
+                return self.open_place(path, place)
+            try:
+                opened = self.open_place(path, place)
+            except FileNotFoundError:  # closed since it was found
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path) from None
+            self.departed.join(path, opened)
+            return opened
         place, fd = self._open_to_write(path, flags & _KEPT_FLAGS, truncate=bool(flags & os.O_TRUNC))
         return self.opened(path, PlainFile(place.real, fd, flags & _KEPT_FLAGS), writes=True)
 
@@ -430,6 +442,12 @@ class WritableTree(StoreTree):
     def _check_xattr(self, path: str, name: str) -> None:
         if name.startswith((XATTR_HASH, XATTR_PREFIX, "system.", "security.")):
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
+
+
+def _place_of(file: OpenFile) -> Place:
+    """Where an open file stands, whatever became of its name."""
+    real = f"/proc/self/fd/{file.fd}"
+    return Place(real, not isinstance(file.source, PlainFile), file.stat(), real, file)
 
 
 def _is_at(fd: int, path: str) -> bool:
