@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 from hydrafs.codecs import registry
 from hydrafs.diff import DiffFile
 from hydrafs.formulas import Formula, rounded
-from hydrafs.manifest import PREDICTION_FORMULA, Manifest, SpanRecord
+from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_SAME, Manifest, SpanRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,8 @@ def _number(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SpanCost:
-    """What a span costs: its share of the stored bytes of its chunks, how many of its bytes are in chunks of which
-    nothing is stored, and the codecs that they use."""
+    """What a span costs: its share of the stored bytes of its chunks, how many of its bytes are the parent's or in
+    chunks of which nothing is stored, and the codecs that they use."""
 
     stored: float
     untouched: int
@@ -121,23 +121,37 @@ class SpanCost:
 
 
 def span_costs(diff: DiffFile) -> list[SpanCost]:
-    """What each span of a diff costs, from its index."""
-    manifest, table = diff.manifest, diff.table
-    size = manifest.chunk_nbytes
+    """What each span of a diff costs, from its index.
+
+    A span that is its parent's very bytes costs nothing; others that share a chunk with it share by their sizes what is
+    stored of the chunk.
+    """
+    sharers = [0] * diff.table.chunk_count
+    for number, span in enumerate(diff.manifest.spans):
+        if span.prediction != PREDICTION_SAME:
+            for chunk, mine in _pieces(diff, number):
+                sharers[chunk] += mine
     costs = []
-    for number, span in enumerate(manifest.spans):
-        begin = int(table.in_section[number])
-        end = begin + span.nbytes
-        whole = int(table.section_nbytes[span.section])
-        first = int(table.first_chunk[span.section])
+    for number, span in enumerate(diff.manifest.spans):
+        same = span.prediction == PREDICTION_SAME
         stored, untouched = 0.0, 0
         codecs: dict[str, None] = {}
-        for place in range(begin // size, -(-end // size)):
-            held = min(size, whole - place * size)
-            mine = min(end, place * size + held) - max(begin, place * size)
-            stored += diff.chunk_nbytes[first + place] * mine / held
-            code = diff.chunk_codec[first + place]
-            untouched += mine if code == registry.NONE else 0
+        for chunk, mine in _pieces(diff, number):
+            code = diff.chunk_codec[chunk]
+            if not same:
+                stored += diff.chunk_nbytes[chunk] * mine / sharers[chunk]
+            untouched += mine if same or code == registry.NONE else 0
             codecs["-" if code == registry.NONE else registry.by_id(code).name] = None
         costs.append(SpanCost(stored, untouched, tuple(codecs)))
     return costs
+
+
+def _pieces(diff: DiffFile, number: int) -> Iterator[tuple[int, int]]:
+    """The chunks of a span, and how many of their bytes are its own."""
+    size, table = diff.manifest.chunk_nbytes, diff.table
+    span = diff.manifest.spans[number]
+    begin = int(table.in_section[number])
+    end = begin + span.nbytes
+    first = int(table.first_chunk[span.section])
+    for place in range(begin // size, -(-end // size)):
+        yield first + place, min(end, (place + 1) * size) - max(begin, place * size)

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from conftest import Filled, ModelMaker
 from matplotlib.image import imread
 
@@ -127,6 +128,27 @@ def test_the_costs_are_those_of_the_diff(filled: Filled) -> None:
         assert part.total().nbytes == sum(s.nbytes for s in numbers)
         (frozen,) = [c for s, c in zip(diff.manifest.spans, found, strict=True) if s.name == "frozen.weight"]
         assert (frozen.stored, frozen.untouched) == (0.0, 512 * 96 * 2)
+
+
+def test_what_is_the_parents_own_costs_nothing_in_a_shared_chunk(models: ModelMaker, store: Path) -> None:
+    """One chunk of three tensors, of which one differs: it bears all that is stored."""
+    base = {name: models.base()["up.weight"][:8].clone() for name in ("a", "b", "c")}
+    base["c"] = base["c"] * 1.5
+    models.save(store / "base.safetensors", base)
+    generator = torch.Generator().manual_seed(3)
+    base["b"] = base["b"] + torch.randn(base["b"].shape, generator=generator).to(base["b"].dtype) * 0.01
+    path = models.save(store / "tuned.safetensors", base)
+    with contextlib.closing(Store(store, create=True)) as opened:
+        outcome = dehydrate(opened, path, Options(bases=(store / "base.safetensors",), jobs=1))
+    assert outcome.diff
+    with DiffFile(outcome.diff) as diff:
+        costs = {s.name: c for s, c in zip(diff.manifest.spans, span_costs(diff), strict=True)}
+        stored = sum(diff.chunk_nbytes)
+        literal = sum(c.stored for s, c in zip(diff.manifest.spans, span_costs(diff), strict=True) if not s.name)
+    assert costs["a"].stored == costs["c"].stored == 0
+    assert costs["a"].untouched == 8 * 96 * base["a"].element_size()
+    assert costs["b"].stored > 0
+    assert costs["b"].stored == pytest.approx(stored - literal)
 
 
 def test_many_blocks_share_rows() -> None:
