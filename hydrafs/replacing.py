@@ -174,7 +174,8 @@ def _end_leaving(store: Store, entry: journal.Entry) -> None:
     is_ours = journal.is_file(diff, entry.numbers["diff"])
     if journal.is_file(aside, entry.numbers["plain"]):
         # Who waited in open(2) for the worker's lease, or had the file open, may have written to it since.
-        if is_ours and _rests(aside, entry):
+        is_back = journal.is_file(model, entry.numbers["plain"])
+        if is_ours and not is_back and _rests(aside, entry):
             return
         _bring_back(aside, model)
     elif not journal.is_file(model, entry.numbers["plain"]):

@@ -447,7 +447,10 @@ class Store:
         count = 0
         for path in folder.glob(TEMPORARY + "*"):
             with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # NFS locks only what may be written to
+                except PermissionError:  # it had the mode of its model already
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()

@@ -160,6 +160,16 @@ def test_a_newer_file_has_the_name(scene: Scene) -> None:
     assert not list(scene.root.glob(".hydrafs-*-*"))
 
 
+def test_a_worker_is_killed_while_it_brings_a_model_back(scene: Scene) -> None:
+    with scene.stopped_worker("after"):
+        pass
+    os.link(scene.original(), scene.tuned)
+    tending.start(scene.store)
+    assert scene.names() == ["base.safetensors", "tuned.safetensors"]
+    assert scene.tuned.read_bytes() == scene.data
+    assert scene.tuned.stat().st_nlink == 1
+
+
 def test_the_last_copy_of_a_model_comes_back(scene: Scene) -> None:
     with scene.stopped_worker("after"):
         pass

@@ -312,6 +312,20 @@ def test_leftovers_are_told_from_files_in_use(store: Path, opened: Store) -> Non
     assert (store / "x.ckpt").exists()
 
 
+def test_leftovers_that_may_not_be_written_to(store: Path, opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed copy of a read-only model has the mode of that."""
+    call = os.open
+
+    def refuse(path: Path, flags: int, *mode: int) -> int:
+        if flags & os.O_ACCMODE != os.O_RDONLY and Path(path).name == ".hydrafs-tmp-dead":
+            raise PermissionError(13, "Permission denied")
+        return call(path, flags, *mode)
+
+    touch(store / ".hydrafs-tmp-dead")
+    monkeypatch.setattr(os, "open", refuse)
+    assert opened.remove_leftovers(store) == 1
+
+
 def test_the_lock_is_held_by_one_at_a_time(opened: Store) -> None:
     inside, most = 0, 0
     guard = threading.Lock()
