@@ -12,12 +12,14 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.shell_completion import CompletionItem
 
 from hydrafs.errors import HydraError, from_oserror
 from hydrafs.version import __version__
 
 _COMMANDS = {
     "bases": "What can serve as a base, and who depends on it.",
+    "completion": "What a shell needs to complete command lines.",
     "control": "Tell a running daemon what to do.",
     "convert": "Make a model with another VAE, without EMA, or in another precision.",
     "dehydrate": "Turn models into small diffs, each proved before its original goes.",
@@ -44,6 +46,17 @@ _COMMANDS = {
 }
 
 
+_PATH = click.Path(readable=False)
+_NO_PATHS = ("value",)
+_PATH_METAVARS = ("PATH", "DIR", "FILE")
+
+
+def _is_path(parameter: click.Parameter) -> bool:
+    if isinstance(parameter, click.Argument):
+        return parameter.name not in _NO_PATHS
+    return parameter.metavar is not None and parameter.metavar.startswith(_PATH_METAVARS)
+
+
 class _Commands(click.Group):
     """Commands by name, imported on use."""
 
@@ -56,7 +69,16 @@ class _Commands(click.Group):
         module = cmd_name + "_" * keyword.iskeyword(cmd_name)
         command = importlib.import_module(f"hydrafs.cli.{module}").command
         assert isinstance(command, click.Command)
+        for parameter in command.params:
+            # Paths stay text as they were given; a shell that completes them asks for the type.
+            if isinstance(parameter.type, click.types.StringParamType) and _is_path(parameter):
+                parameter.type = _PATH
         return command
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # The names are known without importing all commands, which takes a second.
+        found = [CompletionItem(n, help=h) for n, h in sorted(_COMMANDS.items()) if n.startswith(incomplete)]
+        return [*found, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -82,10 +104,16 @@ def _root() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. One line on stderr says what failed."""
+    return run_command(_root, arguments)
+
+
+def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Run ``command`` with ``arguments`` (default: what the process was called with); its exit code. One line on stderr
+    says what failed."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:
-        result = _root.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        result = command.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except HydraError as error:
         return _failed(str(error), error.exit_code)

@@ -20,12 +20,14 @@ from hydrafs.mounting import mount, parse_options
 from hydrafs.mountpoints import MountInfo, check_mountpoint, clear_stale, resolve
 from hydrafs.policy import Policy
 from hydrafs.service.control import runtime_folders
+from hydrafs.service.memory import fitting_cache, limit_nbytes
 from hydrafs.service.metrics import parse_address
 from hydrafs.service.running import Served, Settings
 
 log = logging.getLogger("hydrafs.cli.mount")
 
-_DEFAULT_CACHE = "4G"
+_CACHE_HELP = """Decoded tensors to keep; auto for three quarters of the memory that this service or container may
+have [default: 4G, less where that is less]."""
 _DEFAULT_LOG = "the store's .hydrafs/mount.log, else ~/.local/state/hydrafs/mount.log"
 _SILENCE_SECONDS = 60.0
 _REMEMBERED_LINES = 1000
@@ -68,9 +70,7 @@ def _default_log(private: Path) -> str | None:
 @click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
 @click.option("--read-only", is_flag=True, help="Let nothing be written.")
 @click.option("--foreground", "-f", is_flag=True, help="Stay in the foreground and log to the terminal.")
-@click.option(
-    "--cache-size", default=None, metavar="SIZE", help=f"Decoded tensors to keep [default: {_DEFAULT_CACHE}]."
-)
+@click.option("--cache-size", default=None, metavar="SIZE", help=" ".join(_CACHE_HELP.split()))
 @click.option(
     "-o", "options", multiple=True, metavar="OPTS", help="Options as mount(8) takes them: allow_other,uid=..."
 )
@@ -119,7 +119,8 @@ def command(
         private = opened.private
         given = policy_given(dehydrate, settle, include, exclude, min_size)
         Policy.of(opened, **given)  # what is wrong with it is said here
-    nbytes = parse_nbytes(cache_size) if cache_size else parsed.cache_nbytes or parse_nbytes(_DEFAULT_CACHE)
+    limit = limit_nbytes()
+    nbytes = _cache_nbytes(cache_size, parsed.cache_nbytes, limit)
     log_path = log_file
     if log_path is None and not foreground:
         log_path = _default_log(private)
@@ -137,6 +138,7 @@ def command(
         notify_address=notify,
         watchdog_usec=_watchdog_usec(),
         reload_on_hangup=bool(notify),
+        memory_limit_nbytes=limit,
     )
     served: list[Served] = []
 
@@ -163,6 +165,7 @@ def command(
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 cwd="/",
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # wherever this hydrafs came from
             )
 
     mount(
@@ -176,6 +179,18 @@ def command(
         log_path=log_path,
         on_ready=ready,
     )
+
+
+def _cache_nbytes(size: str | None, option: int | None, limit: int | None) -> int:
+    """The cache's budget: ``--cache-size``, else ``-o cache_size``, else the default, within the memory limit."""
+    wanted = option if size in (None, "") else None if size == "auto" else parse_nbytes(str(size))
+    nbytes = fitting_cache(wanted, limit, fill=size == "auto")
+    if wanted is not None and nbytes < wanted:
+        log.warning(
+            "the cache gets %d MiB instead of %d: this service may have %d MiB of memory (MemoryHigh, MemoryMax)",
+            nbytes >> 20, wanted >> 20, (limit or 0) >> 20,
+        )  # fmt: skip
+    return nbytes
 
 
 def _watchdog_usec() -> int:

@@ -21,6 +21,7 @@ import msgspec
 
 from hydrafs.errors import HydraError, UsageError, from_oserror
 from hydrafs.service.control import Server
+from hydrafs.service.memory import fitting_cache
 from hydrafs.service.metrics import serve_metrics
 from hydrafs.service.notify import Notifier
 from hydrafs.service.observing import LastErrors, Observed
@@ -48,6 +49,8 @@ class Settings:
     notify_address: str = ""
     watchdog_usec: int = 0
     reload_on_hangup: bool = False
+    memory_limit_nbytes: int | None = None
+    """What the control group allows: the cache is not made larger than fits."""
 
 
 class Served(Observed):
@@ -169,6 +172,14 @@ class Served(Observed):
         nbytes = request.get("nbytes")
         if not isinstance(nbytes, int) or nbytes < 1 << 20:
             raise UsageError("not a cache size", where=str(nbytes), remedy="give at least 1M")
+        fits = fitting_cache(nbytes, self._settings.memory_limit_nbytes)
+        if fits < nbytes:
+            raise UsageError(
+                "the cache would not fit",
+                where=f"{nbytes >> 20} MiB",
+                detail=f"this service's memory limit leaves {fits >> 20} MiB",
+                remedy="raise MemoryHigh and MemoryMax first",
+            )
         self.tree.cache.resize(nbytes)
         return {"budget_nbytes": self.tree.cache.budget_nbytes}
 
