@@ -372,9 +372,11 @@ class Store:
 
     # Names
 
-    def models(self, folder: Path | None = None) -> Iterator[ModelEntry]:
+    def models(
+        self, folder: Path | None = None, *, entered: Callable[[Path, os.stat_result], object] | None = None
+    ) -> Iterator[ModelEntry]:
         """Every model under ``folder`` (default: the whole store), folders in name order. Links to folders are
-        followed once; hydrafs' own files are left out."""
+        followed once; hydrafs' own files are left out. ``entered`` is told of each folder, before it is read."""
         seen: set[tuple[int, int]] = set()
         pending = [folder or self.root]
         while pending:
@@ -384,6 +386,8 @@ class Store:
                 if (stat.st_dev, stat.st_ino) in seen:
                     continue
                 seen.add((stat.st_dev, stat.st_ino))
+                if entered is not None:
+                    entered(current, stat)
                 entries = sorted(os.scandir(current), key=lambda e: e.name)
             except OSError:
                 continue

@@ -372,3 +372,37 @@ def test_json_lines(tmp_path: Path) -> None:
     (line,) = ran.stderr.splitlines()
     assert json.loads(line)["message"] == "a\nb ü"
     assert json.loads(line)["level"] == logging.getLevelName(logging.ERROR).lower()
+
+
+class TestCountingModels:
+    @pytest.fixture
+    def reporter(self, filled: Filled) -> Iterator[Any]:
+        from hydrafs.service.observing import LastErrors, Observed
+        from hydrafs.service.status import Reporter
+        from hydrafs.vfs import StoreTree
+
+        filled.dehydrate()
+        tree = StoreTree(filled.root, 1 << 24)
+        tree.start()
+        yield Reporter(Observed(tree), filled.root, LastErrors())
+        tree.stop()
+
+    def test_nothing_is_counted_again_while_nothing_changes(
+        self, reporter: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[Path] = []
+        monkeypatch.setattr("hydrafs.service.status._COUNT_AGAIN_SECONDS", 0.0)
+        real = sys.modules["hydrafs.service.status"].trailer_of  # type: ignore[attr-defined]
+        monkeypatch.setattr("hydrafs.service.status.trailer_of", lambda path: read.append(path) or real(path))
+        inner = filled.root / "inner"
+        inner.mkdir()
+        for folder in (filled.root, inner):
+            os.utime(folder, (1e9, 1e9))
+        assert reporter.models().dehydrated == reporter.models().dehydrated == 1
+        assert len(read) == 1
+        (inner / "copy.safetensors.hydra").write_bytes(filled.diff.read_bytes())
+        assert reporter.models().dehydrated == 2
+        assert len(read) == 3
+        # A folder that changed a moment ago is not believed.
+        assert reporter.models().dehydrated == 2
+        assert len(read) == 5

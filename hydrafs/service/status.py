@@ -18,6 +18,8 @@ from hydrafs.version import __version__
 from hydrafs.working import Work, told
 
 _COUNT_AGAIN_SECONDS = 60.0
+_COUNT_ANYWAY_SECONDS = 3600.0
+_SETTLED_NS = 2_000_000_000
 
 
 class Models(msgspec.Struct, frozen=True):
@@ -80,8 +82,9 @@ class Status(msgspec.Struct, frozen=True):
 class Reporter:
     """Gathers the status of a daemon. Thread safety: any number of threads.
 
-    Counting the store's models reads each diff's trailer, so it is done at most once a minute, by whoever asks, and
-    never while a request of the mount waits for it.
+    Counting the store's models reads each diff's trailer, so it is done at most once a minute, by whoever asks, where
+    a folder has changed since (each hour in any case: a plain file may have grown in place), and never while a request
+    of the mount waits for it.
     """
 
     def __init__(self, tree: Observed, mountpoint: Path, errors: LastErrors) -> None:
@@ -91,15 +94,34 @@ class Reporter:
         self._started_at = time.time()
         self._lock = threading.Lock()
         self._models = Models()
+        self._checked_at = 0.0
+        self._folders: dict[Path, int] = {}
+
+    def _is_unchanged(self) -> bool:
+        """Whether all folders are as they were when they were counted: names come and go with their mtimes."""
+        counted_at = int(self._models.counted_at * 1e9)
+        try:
+            # A folder that had just changed may have changed again within one tick of the filesystem's clock.
+            return bool(self._folders) and all(
+                os.stat(folder).st_mtime_ns == mtime_ns and counted_at - mtime_ns > _SETTLED_NS
+                for folder, mtime_ns in self._folders.items()
+            )
+        except OSError:
+            return False
 
     def models(self) -> Models:
         """What the store holds, at most a minute old."""
         with self._lock:
-            if time.time() - self._models.counted_at < _COUNT_AGAIN_SECONDS:
+            now = time.time()
+            if now - self._checked_at < _COUNT_AGAIN_SECONDS:
+                return self._models
+            self._checked_at = now
+            if now - self._models.counted_at < _COUNT_ANYWAY_SECONDS and self._is_unchanged():
                 return self._models
             store = self._tree.store
+            folders: dict[Path, int] = {}
             count = dehydrated = listed = stored = saved = 0
-            for model in store.models():
+            for model in store.models(entered=lambda folder, stat: folders.update({folder: stat.st_mtime_ns})):
                 try:
                     size = on_disk = os.stat(model.path).st_size
                     if model.is_diff:
@@ -111,7 +133,8 @@ class Reporter:
                 count += 1
                 listed += size
                 stored += on_disk
-            self._models = Models(count, dehydrated, listed, stored, saved, time.time())
+            self._folders = folders
+            self._models = Models(count, dehydrated, listed, stored, saved, now)
             return self._models
 
     def status(self) -> Status:
