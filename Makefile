@@ -11,7 +11,7 @@ MOUNTPOINT ?=
 ARGS ?=
 export STORE MOUNTPOINT
 
-.PHONY: help mount umount test test-all test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge setup-example setup-test setup-bench clean
+.PHONY: help mount umount test test-all test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge bench-service deb try-deb man setup-example setup-test setup-bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,7 +57,7 @@ lint: setup-test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge ## all tables of benchmarks/README.md
+bench: bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge bench-service ## all tables of benchmarks/README.md
 
 bench-size: setup-bench ## stored bytes and speed of each codec, against its peers
 	$(BIN)/python -m benchmarks.size $(ARGS)
@@ -79,6 +79,20 @@ bench-write: setup-bench ## writing into a mount, against the store's own filesy
 
 bench-merge: setup-bench ## what merged models cost whose parents are in the store
 	$(BIN)/python -m benchmarks.merge $(ARGS)
+
+bench-service: setup-bench ## starting with 1,000 diffs, and what an idle daemon costs
+	$(BIN)/python -m benchmarks.service $(ARGS)
+
+deb: ## a Debian package in build/, for this release's Python
+	@scripts/setup.sh mount
+	scripts/make_deb.sh
+
+try-deb: deb ## install the package in an empty Debian, mount there, boot it (root; needs debootstrap, systemd-container)
+	@scripts/try_deb.sh build/hydrafs_*.deb
+
+man: ## the man pages, in build/man
+	@scripts/setup.sh mount
+	$(BIN)/python -m scripts.make_man build/man
 
 setup-example setup-test setup-bench: setup-%:
 	@scripts/setup.sh $*

@@ -113,6 +113,8 @@ if [ "$STAGE" = test ]; then
   want_command getfattr attr
   # For the tests of pages. Ubuntu's Chromium is a snap, which sees no temporary files: there Chrome serves, or nothing.
   has_command google-chrome || grep -qx 'ID=ubuntu' /etc/os-release || want_command chromium chromium
+  want_command systemd-analyze systemd
+  want_command mandoc mandoc
 fi
 if [ "$STAGE" = bench ]; then
   want_command zstd zstd
