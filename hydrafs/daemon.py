@@ -52,6 +52,9 @@ def serve_told(factory: Callable[[], Tree], path: Path, arguments: Sequence[str]
 
     def started() -> None:
         nonlocal told
+        # Not before: an automount lets only its own process group reach what it waits for.
+        with contextlib.suppress(PermissionError):  # mount_in_background's child leads a session already
+            os.setsid()
         tell(started=True)
         os.close(send)
         told = True

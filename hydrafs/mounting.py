@@ -175,7 +175,6 @@ def _daemon(serve: Callable[[], None], output: int) -> NoReturn:
     """What the forked child does; never returns into the parent's code."""
     status = 1
     try:
-        os.setsid()
         if _fork():
             os._exit(0)
         null = os.open(os.devnull, os.O_RDONLY)

@@ -32,6 +32,8 @@ log = logging.getLogger("hydrafs.mountpoints")
 SUBTYPE = "hydrafs"
 FSTYPE = f"fuse.{SUBTYPE}"
 READAHEAD_KIB = 1024
+_TRIGGER = "autofs"
+"""What an automount leaves at its mountpoint: who looks into it waits until something was mounted on top."""
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount(2)
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 _SEE_LOG = "look into its log, or mount with --foreground"
@@ -107,7 +109,7 @@ def clear_stale(mountpoint: Path) -> int:
 
 
 def check_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> None:
-    """Refuse a place that should not be mounted on.
+    """Refuse a place that should not be mounted on. An automount's trigger is a place to mount on.
 
     Raises:
         NotFound: there is nothing, or a file.
@@ -115,6 +117,8 @@ def check_mountpoint(mountpoint: Path, *, nonempty: bool = False) -> None:
         Denied: it cannot be looked at.
     """
     top = _topmost(mountpoint)
+    if top is not None and top.fstype == _TRIGGER:
+        return  # empty, and not looked into: by anybody but the automounter's own that would wait for this very mount
     if top is not None:
         remedy = f"hydrafs umount {mountpoint}" if top.fstype == FSTYPE else "unmount it or choose another directory"
         raise MountFailed(
@@ -155,11 +159,20 @@ def check_store_paths(mountpoint: Path, store_paths: Sequence[str | os.PathLike[
         over_store: the tree holds descriptors from before the mount, so a path may be the mountpoint itself.
 
     Raises:
-        UsageError: one of the paths is at or below the mountpoint, or the mountpoint is inside one of them.
+        UsageError: one of the paths is at or below the mountpoint, or the mountpoint is inside one of them; or an
+            automount hides the store already.
     """
     for given in store_paths:
         path = resolve(given)
         if path == mountpoint and over_store:
+            top = _topmost(path)
+            if top is not None and top.fstype == _TRIGGER:
+                raise UsageError(
+                    "an automount hides the store",
+                    where=path,
+                    detail="its files cannot be reached under the mount that is to be made of them",
+                    remedy="mount it without automount, or at another place",
+                )
             continue
         if path.is_relative_to(mountpoint):
             raise UsageError(

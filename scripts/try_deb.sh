@@ -80,7 +80,7 @@ umount /mnt/models
 EOF
 
 cat > "$ROOT/root/booted.sh" << 'EOF'
-set -eux
+set -eEux
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 same() { sha256sum < "$1/tuned.safetensors" | cmp - /root/expected; }
 gone() { if mountpoint -q "$1"; then return 1; fi; }
@@ -96,6 +96,7 @@ until_true() {
   set -x
   "$@"
 }
+trap 'set +x; systemctl --no-pager --lines=0 status "mnt-*" "hydrafs*" || true; journalctl --no-pager -o short-monotonic -b | tail -40' ERR
 chmod 666 /dev/fuse
 mkdir -p /etc/hydrafs
 printf 'STORE=/srv/models\nMOUNTPOINT=/mnt/models\n' > /etc/hydrafs/models.conf

@@ -24,6 +24,8 @@ from mounts import WAIT_SECONDS, has_ended
 from test_service import Supervisor
 
 from hydrafs.cli import _COMMANDS, _root
+from hydrafs.errors import UsageError
+from hydrafs.mountpoints import check_store_paths
 
 UNITS = Path(__file__).parent.parent / "systemd"
 MOUNT, WORKER, USER = UNITS / "hydrafs@.service", UNITS / "hydrafs-worker@.service", UNITS / "user/hydrafs@.service"
@@ -407,3 +409,34 @@ def test_the_helper_answers_as_mount_8_expects(filled: Filled, tmp_path: Path) -
     assert "mkdir -p" in done.stderr
     assert fstab_helper(tmp_path / "no store", point).returncode == 32
     assert fstab_helper(filled.root).returncode == 1
+
+
+@pytest.mark.fuse
+def test_an_automount(helper: Path, filled: Filled, tmp_path: Path) -> None:
+    """Who looks waits for the mount, and the mount must not wait for who looks: nothing but the automounter's own
+    process group gets through the trigger before mount(8) has ended."""
+    if not os.path.exists("/dev/autofs"):
+        pytest.skip("this kernel has no autofs")
+    filled.dehydrate()
+    point = tmp_path / "at"
+    point.mkdir()
+    automounter = subprocess.Popen(
+        [sys.executable, Path(__file__).parent / "automounter.py", point, helper, filled.root, point, "-o", "rw"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert automounter.stdin and automounter.stdout
+    try:
+        assert automounter.stdout.readline() == "waiting\n"
+        # From another process: what waits for an automount waits where no signal reaches it.
+        shown = subprocess.run(["cat", point / "tuned.safetensors"], capture_output=True, timeout=30, check=False)
+        assert (shown.stdout == filled.data, shown.stderr) == (True, b"")
+        subprocess.run(["umount", point], check=True, timeout=30)
+        # And again: the trigger is still there.
+        assert subprocess.run(["ls", point], capture_output=True, timeout=30, check=True).stdout.split() != []
+        subprocess.run(["umount", point], check=True, timeout=30)
+        with pytest.raises(UsageError, match="hides the store"):
+            check_store_paths(point, [point], over_store=True)
+    finally:
+        automounter.stdin.close()
+        assert automounter.wait(30) == 0
+    assert not os.path.ismount(point)
