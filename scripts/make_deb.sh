@@ -21,7 +21,8 @@ readonly DEB_PYTHON=${DEB_PYTHON:-$(/usr/bin/python3 -c 'import sys; print("%d.%
 readonly NEXT=${DEB_PYTHON%.*}.$((${DEB_PYTHON#*.} + 1))
 ARCH=$(dpkg --print-architecture)
 VERSION=$("$PYTHON" -c 'from hydrafs.version import __version__ as v; print(v.replace(".dev", "~dev").replace("rc", "~rc"))')
-readonly ARCH VERSION
+LIBC=$(getconf GNU_LIBC_VERSION | cut -d ' ' -f 2) # the extensions may ask for it: they were linked against this one
+readonly ARCH VERSION LIBC
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -110,7 +111,7 @@ Architecture: $ARCH
 Maintainer: the hydrafs authors <hydrafs@localhost>
 Section: utils
 Priority: optional
-Depends: python3 (>= $DEB_PYTHON~), python3 (<< $NEXT~), python3-numpy (>= 1:1.24), fuse3, libc6
+Depends: python3 (>= $DEB_PYTHON~), python3 (<< $NEXT~), python3-numpy (>= 1:1.24), fuse3, libc6 (>= $LIBC)
 Suggests: python3-prometheus-client
 Installed-Size: $(du -k -s --apparent-size "$root" | cut -f1)
 Description: filesystem for model checkpoints

@@ -216,6 +216,24 @@ def test_units(tmp_path: Path, monkeypatch: Patch) -> None:
     assert "no unit" in of(found, "systemd").found
 
 
+@pytest.mark.parametrize(("user", "state"), [(0, "ok"), (1000, "note")])
+def test_readahead_before_anything_is_mounted(monkeypatch: Patch, user: int, state: str) -> None:
+    monkeypatch.setattr(findings, "our_mounts", list)
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert of(findings.mounts(), "readahead").state == state
+
+
+def test_readahead_of_a_mount(without: Callable[..., None], monkeypatch: Patch, tmp_path: Path) -> None:
+    info = MountInfo(1, "0:99", tmp_path, "fuse.hydrafs", "hydrafs:store", ())
+    monkeypatch.setattr(findings, "our_mounts", lambda: [info])
+    monkeypatch.setattr(findings, "wait_until_answers", lambda path, seconds: info)
+    knob = "/sys/class/bdi/0:99/read_ahead_kb"
+    without({knob: "128\n"})
+    assert of(findings.mounts(), "readahead").remedy == f"as root: echo 1024 > {knob}"
+    without({knob: "1024\n"})
+    assert of(findings.mounts(), "readahead").state == "ok"
+
+
 def test_a_mount_that_does_not_answer(monkeypatch: Patch, tmp_path: Path) -> None:
     info = MountInfo(1, "0:1", tmp_path, "fuse.hydrafs", "hydrafs:store", ())
     monkeypatch.setattr(findings, "our_mounts", lambda: [info])

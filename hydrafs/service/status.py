@@ -74,9 +74,13 @@ class Status(msgspec.Struct, frozen=True):
     def line(self) -> str:
         """One line for a supervisor."""
         return (
-            f"{self.models.models} models, {self.models.saved / 1e9:.1f} GB saved; cache "
-            f"{self.cache_nbytes / 1e9:.1f} of {self.cache_budget_nbytes / 1e9:.1f} GB; {self.open_files} open"
+            f"{self.models.models} models, {_size(self.models.saved)} saved; cache "
+            f"{_size(self.cache_nbytes)} of {_size(self.cache_budget_nbytes)}; {self.open_files} open"
         )
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.0f} MB" if nbytes < 1e9 else f"{nbytes / 1e9:.1f} GB"
 
 
 class Reporter:
