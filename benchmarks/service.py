@@ -49,9 +49,14 @@ class Usage:
     wakeups: int
     rss_nbytes: int
 
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.cpu_seconds + other.cpu_seconds, self.wakeups + other.wakeups, self.rss_nbytes + other.rss_nbytes
+        )
+
     @staticmethod
     def of(pid: int) -> Usage:
-        """Of all threads."""
+        """Of all threads of a process."""
         wakeups = rss = 0
         for task in Path(f"/proc/{pid}/task").iterdir():
             for line in (task / "status").read_text().splitlines():
@@ -62,6 +67,15 @@ class Usage:
                     rss = int(text.split()[0]) << 10
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return Usage((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), wakeups, rss)
+
+
+def helpers_of(pid: int) -> list[int]:
+    """The processes that a daemon has started and that are still there, and theirs."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *helpers_of(int(child))]
+    return found
 
 
 def seconds_of_imports() -> float:
@@ -103,9 +117,11 @@ def measure(store: Path, mountpoint: Path, work: Path, *, repeat: int, idle_seco
         scan(mountpoint)
         time.sleep(5)  # until what follows a listing is done
         say(f"nobody reads for {idle_seconds:.0f} s")
-        before = Usage.of(daemon.pid)
+        none, helpers = Usage(0, 0, 0), helpers_of(daemon.pid)
+        before = sum(map(Usage.of, helpers), Usage.of(daemon.pid))
         time.sleep(idle_seconds)
-        after = Usage.of(daemon.pid)
+        served, helping = Usage.of(daemon.pid), sum(map(Usage.of, helpers), none)
+        after = served + helping
     finally:
         daemon.send_signal(signal.SIGTERM)
         daemon.wait(30)
@@ -113,7 +129,8 @@ def measure(store: Path, mountpoint: Path, work: Path, *, repeat: int, idle_seco
     return [
         Measured("imports", median([seconds_of_imports() for _ in range(repeat)]), "s", 0.4),
         Measured("start to readiness", median(starts), "s", 1.0),
-        Measured("memory when idle", after.rss_nbytes / 1e6, "MB", 80),
+        Measured("memory when idle", served.rss_nbytes / 1e6, "MB", 80),
+        *([Measured("memory of its worker", helping.rss_nbytes / 1e6, "MB", 80)] if helpers else []),
         Measured("wakeups a minute when idle", (after.wakeups - before.wakeups) / minutes, "", 1),
         Measured(
             "processor time a minute when idle", 1000 * (after.cpu_seconds - before.cpu_seconds) / minutes, "ms", 10
