@@ -112,7 +112,7 @@ Maintainer: the hydrafs authors <hydrafs@localhost>
 Section: utils
 Priority: optional
 Depends: python3 (>= $DEB_PYTHON~), python3 (<< $NEXT~), python3-numpy (>= 1:1.24), fuse3, libc6 (>= $LIBC)
-Suggests: python3-prometheus-client
+Suggests: python3-prometheus-client, python3-matplotlib, python3-diskcache
 Installed-Size: $(du -k -s --apparent-size "$root" | cut -f1)
 Description: filesystem for model checkpoints
  Fine-tunes of image and language models are stored as small exact diffs

@@ -153,18 +153,32 @@ as_user sh -c 'sha256sum < /home/somebody/models/tuned.safetensors' | cmp - /roo
 as_user systemctl --user --no-pager status hydrafs@models | head -12
 as_user systemctl --user stop hydrafs@models
 until_true gone /home/somebody/models
-if hydrafs --help | grep -q '^  watch '; then
-  : the worker
-  python3 /root/models.py
-  chmod 644 /srv/models/*
-  rm -f /srv/models/tuned.safetensors.hydra
-  touch -d '1 hour ago' /srv/models/*.safetensors
-  unit=hydrafs-worker@$(systemd-escape -p /srv/models).service
-  systemctl start "$unit"
-  until_true test -e /srv/models/tuned.safetensors.hydra
-  systemd-analyze security --no-pager "$unit" | tail -1
-  systemctl stop "$unit"
-fi
+: the worker
+python3 /root/models.py
+chmod 644 /srv/models/*.safetensors
+rm -f /srv/models/tuned.safetensors.hydra
+printf '[worker]\nsettle = 1\n' > /srv/models/.hydrafs/config.toml
+unit=hydrafs-worker@$(systemd-escape -p /srv/models).service
+systemctl start "$unit"
+a_diff() { ls /srv/models/*.hydra; } # of which of the two is its to choose
+until_true a_diff
+grep -E '^(CapEff|NoNewPrivs|Seccomp):' "/proc/$(systemctl show -P MainPID "$unit")/status"
+journalctl --no-pager -o cat -u "$unit" | tail -3
+systemd-analyze security --no-pager "$unit" | tail -1
+systemctl stop "$unit"
+: over the store itself
+printf 'STORE=/srv/models\nMOUNTPOINT=/srv/models\nDEHYDRATE=auto\n' > /etc/hydrafs/inplace.conf
+systemctl start hydrafs@inplace
+same /srv/models
+ls /srv/models
+cp /srv/models/tuned.safetensors /srv/models/again.safetensors
+cmp /srv/models/again.safetensors /srv/models/tuned.safetensors
+kill -KILL "$(systemctl show -P MainPID hydrafs@inplace)"
+until_true same /srv/models
+cmp /srv/models/again.safetensors /srv/models/tuned.safetensors
+systemctl stop hydrafs@inplace
+until_true gone /srv/models
+ls /srv/models
 : purge
 systemctl start hydrafs@models
 DEBIAN_FRONTEND=noninteractive dpkg --purge hydrafs

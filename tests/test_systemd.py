@@ -163,6 +163,8 @@ def test_what_a_supervisor_needs(unit: Path) -> None:
     assert int(value(unit, "MemoryHigh")[:-1]) < int(value(unit, "MemoryMax")[:-1])
     assert "--cache-size ${CACHE_SIZE}" in value(unit, "ExecStart")
     assert defaults(unit)["CACHE_SIZE"] == "auto"
+    # Models from anywhere are parsed in a sandbox, where there can be one.
+    assert defaults(unit)["DEHYDRATE"] == ("off" if unit == MOUNT else "auto")
 
 
 def test_the_worker_can_write_to_its_store_only() -> None:
@@ -179,9 +181,7 @@ def test_the_command_line_knows_every_command(unit: Path) -> None:
     assert lines
     for line in lines:
         _, name, *arguments = expanded(line.replace("%f", "/s"), environment)
-        if name not in _COMMANDS:
-            assert (unit, name) == (WORKER, "watch")
-            pytest.skip("hydrafs watch is not part of this tree")
+        assert name in _COMMANDS
         command = _root.get_command(click.Context(_root), name)  # type: ignore[attr-defined]
         command.make_context(name, arguments)
 
