@@ -12,6 +12,7 @@ Source: mallopt(3); the numbers are those of <malloc.h>.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 _M_TRIM_THRESHOLD = -1
@@ -20,6 +21,12 @@ _M_ARENA_MAX = -8
 
 _KEPT_FREE_NBYTES = 64 << 20
 _MAPPED_NBYTES = 32 << 20
+
+
+def return_memory() -> None:
+    """Give the kernel back what is free: by a process that is done with something large, and may sleep for days."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def tune_allocator() -> bool:

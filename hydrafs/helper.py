@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ from typing import Any
 from hydrafs.covered import catalogs_folder
 
 __all__ = ["Helper"]
+
+log = logging.getLogger(__name__)
+
+_RESTART_SECONDS = 60.0
+_RESTART_SECONDS_MAX = 3600.0
 
 _CHILD = """
 import json, sys
@@ -25,7 +32,10 @@ run_order(order)
 
 
 class Helper:
-    """A worker in a process of its own, which ends with this one, however that ends. Thread safety: none.
+    """A worker in a process of its own, which ends with this one, however that ends.
+
+    One that dies is started again after a minute, and after twice as long each further time: a start puts in order what
+    it left. Thread safety: any.
 
     Args:
         root: the store, by the name that people know.
@@ -49,6 +59,8 @@ class Helper:
             "off_limits": os.fspath(off_limits) if off_limits else None,
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
 
     def start(self, covered: int = -1) -> None:
         """Start it; returns at once.
@@ -56,6 +68,31 @@ class Helper:
         Args:
             covered: a descriptor of the store's folder, where a mount covers that.
         """
+        self._ended.clear()
+        with self._lock:
+            self._start(covered)
+        threading.Thread(target=self._mind, args=(covered,), name="hydrafs-helper", daemon=True).start()
+
+    def _mind(self, covered: int) -> None:
+        """Sleep until the process ends; start it anew where it did not mean to."""
+        seconds = _RESTART_SECONDS
+        while True:
+            process = self._process
+            if process is None:
+                return
+            code = process.wait()
+            if self._ended.is_set() or code == 0:
+                return
+            log.error("the worker ended with code %d; it is started again in %.0f s", code, seconds)
+            if self._ended.wait(seconds):
+                return
+            seconds = min(2 * seconds, _RESTART_SECONDS_MAX)
+            with self._lock:
+                if self._ended.is_set():
+                    return
+                self._start(covered)
+
+    def _start(self, covered: int) -> None:
         folder = catalogs_folder()
         order = {
             **self._order,
@@ -83,14 +120,16 @@ class Helper:
 
     def stop(self, seconds: float = 10.0) -> None:
         """End it, and wait for that; what it does not end by itself is killed, and loses nothing by it."""
-        if self._process is None:
+        self._ended.set()
+        with self._lock:
+            process, self._process = self._process, None
+        if process is None:
             return
-        assert self._process.stdin is not None
+        assert process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            process.stdin.close()
         try:
-            self._process.wait(seconds)
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+            process.kill()
+            process.wait()

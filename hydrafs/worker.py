@@ -29,6 +29,7 @@ import msgspec
 
 from hydrafs import covered, tending, working
 from hydrafs.activity import Activity
+from hydrafs.allocator import return_memory, tune_allocator
 from hydrafs.dehydrate import Options, Outcome, dehydrate
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import Changing, HydraError, printable
@@ -126,6 +127,7 @@ class Worker:
             if not self._is_paused():
                 self.step()
                 until = self._next()
+            return_memory()
             state = "paused" if self._is_paused() else "idle" if self.policy.enabled else "off"
             now, wall = self.clock(), time.time()
             self._tell(state, model="", stage="", waits_until=wall + until - now if until else 0.0)
@@ -348,6 +350,7 @@ def run(
         off_limits: where the store is mounted: what leads there is no model of the store.
     """
     yield_to_others()
+    tune_allocator()
     with contextlib.closing(Store(root, create=True)) as store:
         store.off_limits = off_limits
         activity = Activity(store.private / "activity")

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -381,7 +382,8 @@ class TestAsAProcess:
         finally:
             helper.stop()
 
-    def test_it_is_killed_at_any_time(self, scene: Scene) -> None:
+    def test_it_is_killed_at_any_time(self, scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("CRITICAL")  # that it died may be told before it is stopped, or not
         for number in range(6):
             helper = Helper(scene.root, {"settle_seconds": 0.0, "min_nbytes": 1000})
             helper.start()
@@ -394,6 +396,23 @@ class TestAsAProcess:
             if not scene.tuned.exists():
                 scene.tuned.write_bytes(scene.data)
                 keeping.remove_diff(scene.store, scene.tuned)
+
+    @pytest.mark.logs("the worker ended with code -9")
+    def test_one_that_dies_is_started_again(self, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("hydrafs.helper._RESTART_SECONDS", 0.2)
+        scene.tuned.unlink()
+        helper = Helper(scene.root, {"settle_seconds": 0.1, "min_nbytes": 1000})
+        helper.start()
+        try:
+            assert eventually(lambda: told(scene.store).state == "idle")
+            first = told(scene.store).pid
+            os.kill(first, signal.SIGKILL)
+            assert eventually(lambda: told(scene.store).pid not in (0, first))
+            scene.tuned.write_bytes(scene.data)
+            assert eventually(lambda: not scene.tuned.exists())
+        finally:
+            helper.stop()
+        assert eventually(lambda: told(scene.store).state == "none")
 
     def test_the_command_and_a_second_one(self, scene: Scene) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
