@@ -24,7 +24,7 @@ import msgspec
 from hydrafs.assembling import TORCH_ZIP, Skeleton, container_for, safetensors_skeleton, torch_zip_skeleton
 from hydrafs.basehash import BaseHashes
 from hydrafs.choosing import features_of
-from hydrafs.dehydrate import disk_errors, hold, keep_parents
+from hydrafs.committing import disk_errors, hold, keep_parents
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.dtypes import DTYPES
 from hydrafs.encode import encode_model

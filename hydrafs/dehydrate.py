@@ -9,25 +9,24 @@ Beside the pass over the model run: the SHA-256 of a base that is new here, read
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hydrafs import bases, containers, keeping, prefetch
+from hydrafs import bases, containers, prefetch
 from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
+from hydrafs.committing import copy_ownership, disk_errors, hold, keep_parents, may_go, unchanged
 from hydrafs.composition import made_of
 from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
-from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError, from_oserror
+from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError
 from hydrafs.explaining import explained
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, sha256
@@ -185,12 +184,12 @@ def dehydrate(
                     progress=encoded,
                     last=lambda: hashes.complete(lambda nbytes, total: report("hash", nbytes, total)),
                 )
-                _unchanged(model, source, before)
+                unchanged(model, source, before)
                 temporary.flush_to_disk()
                 stored = os.fstat(temporary.file.fileno()).st_size
                 if not raw and stored > (1 - MUST_SHRINK_BY) * source.size:
                     return _left_alone(model, source.size, stored, choice.reasons)
-                _copy_ownership(source, temporary)
+                copy_ownership(source, temporary)
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
                 with DiffFile(temporary.path) as diff:
                     reasons = (*choice.reasons, *map(str, made_of(diff)))
@@ -231,7 +230,7 @@ def _commit(
 
     def check() -> None:
         options.still()
-        _unchanged(model, source, before)
+        unchanged(model, source, before)
 
     # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
     with store.lock():
@@ -246,7 +245,7 @@ def _commit(
             temporary.commit(target, replace=replace)
             remember()
             try:
-                removed = _may_go(source, opened) and original.go(check, options.still)
+                removed = may_go(source, opened) and original.go(check, options.still)
                 if not removed and options.all_or_nothing:
                     raise Changing("a model, or what its diff needs, is in use", where=model)
             except BaseException:
@@ -403,105 +402,7 @@ def _check_space(folder: Path, nbytes: float, model: Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Errors of the operating system while ``target`` is written, as ours."""
-    try:
-        yield
-    except OSError as error:
-        raise from_oserror(error, "cannot write the diff", target) from error
-
-
-def _unchanged(model: Path, source: FileSource, before: FileIdentity) -> None:
-    try:
-        now = (os.stat(model), os.fstat(source.fd))
-    except OSError as error:
-        raise Changing("a model went away while it was read", where=model) from error
-    if not all(_is_same(stat, source, before) for stat in now):
-        raise Changing("a model changed while it was read", where=model)
-
-
-def _is_same(stat: os.stat_result, source: FileSource, before: FileIdentity) -> bool:
-    now = FileIdentity.of(stat)
-    if now == before:
-        return True
-    # Another process that stores a model against this one holds it by a link: that changes its ctime, and nothing else.
-    linked = stat.st_nlink != source.stat.st_nlink
-    return linked and dataclasses.replace(now, ctime_ns=before.ctime_ns) == before
-
-
-def _copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
-    fd = temporary.file.fileno()
-    os.fchmod(fd, source.stat.st_mode & 0o666)
-    with contextlib.suppress(PermissionError):
-        os.fchown(fd, source.stat.st_uid, source.stat.st_gid)
-
-
 def _remember(store: Store, model: Path, before: FileIdentity, target: Path, digest: bytes, facts: ModelFacts) -> None:
     with contextlib.suppress(OSError):
         store.catalog.remember_sha256(real_path(model), before, digest)
         store.catalog.remember_facts(target, FileIdentity.of(os.stat(target)), facts)
-
-
-def _plain_files(opened: Sequence[FileSource | Rehydrated]) -> list[FileSource]:
-    """Every full file that the open parents, their parents included, are read from."""
-    found: list[FileSource] = []
-    pending = list(opened)
-    while pending:
-        parent = pending.pop()
-        if isinstance(parent, FileSource):
-            found.append(parent)
-        else:
-            pending += [p.source for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
-    return found
-
-
-def hold(opened: Sequence[FileSource | Rehydrated]) -> None:
-    """Keep other processes from removing the parents' originals while they are parents here (``_may_go``)."""
-    for file in _plain_files(opened):
-        with contextlib.suppress(OSError):  # a filesystem without locks, or a lock that is held: see _may_go
-            fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-
-
-def _may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> bool:
-    """Whether the original may be removed: no other process is storing a model against it at this moment, and the full
-    files that its diff is read from still stand under their names.
-
-    Two processes that store two models against each other would each prove a diff while both originals are there. Each
-    holds its parents with a shared lock from before the proof on, so neither gets the exclusive lock on its original.
-    """
-    try:
-        fcntl.flock(source.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # no locks here: what stands is still looked at
-    for file in _plain_files(opened):
-        try:
-            if not os.path.samestat(os.stat(file.path), file.stat):
-                return False
-        except OSError:
-            return False
-    return True
-
-
-def keep_parents(
-    store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[FileSource | Rehydrated]
-) -> None:
-    """Hold every file that the diff will be read from, so that it outlives its name; the caller holds the store's lock.
-
-    Args:
-        entries, parents: the models, and what the manifest calls them.
-        opened: the same, open, or those of them that are diffs.
-    """
-    for entry, parent in zip(entries, parents, strict=True):
-        keeping.hold(store, entry.path, parent.sha256)
-    pending = [parent for parent in opened if isinstance(parent, Rehydrated)]
-    while pending:
-        diff = pending.pop()
-        for record, open_parent in zip(diff.manifest.parents, diff.parents, strict=True):
-            if isinstance(open_parent.source, Rehydrated):
-                keeping.hold(store, Path(open_parent.source.diff.path), record.sha256)
-                pending.append(open_parent.source)
-            elif isinstance(open_parent.source, FileSource):
-                keeping.hold(store, Path(open_parent.source.path), record.sha256)

@@ -14,11 +14,11 @@ ROOMS = [
     "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff", "composition",
     "catalog", "store", "journal", "needs", "keeping", "renaming", "leases", "replacing", "basehash", "prediction",
     "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases", "merging", "assigning", "recognising",
-    "loras", "explaining", "plan", "choosing", "encode", "restore", "dehydrate", "tending", "activity", "policy",
-    "looking", "working", "tried", "worker", "helper", "seed", "recipes", "arithmetic", "computing", "hashing",
-    "coherence", "handles", "vfs", "departing", "writing", "libfuse", "callbacks", "fusewriting", "fuse",
-    "mountpoints", "webui", "mountoptions", "daemon", "mounting", "service", "anatomy", "changes", "family",
-    "pictures", "report", "api", "cli",
+    "loras", "explaining", "plan", "choosing", "encode", "restore", "committing", "dehydrate", "tending",
+    "activity", "policy", "looking", "working", "tried", "worker", "helper", "seed", "recipes", "arithmetic",
+    "computing", "hashing", "coherence", "handles", "vfs", "departing", "writing", "libfuse", "callbacks",
+    "fusewriting", "fuse", "mountpoints", "webui", "mountoptions", "daemon", "mounting", "service", "anatomy",
+    "changes", "family", "pictures", "report", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 

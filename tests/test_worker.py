@@ -251,8 +251,8 @@ class TestWritesWin:
             import hydrafs.dehydrate as room
 
             if stage == "last":
-                remove = room._may_go
-                monkeypatch.setattr(room, "_may_go", lambda *a: (write(), remove(*a))[1])
+                remove = room.may_go
+                monkeypatch.setattr(room, "may_go", lambda *a: (write(), remove(*a))[1])
                 return original(store, path, options)  # type: ignore[arg-type]
             return original(store, path, options, progress=lambda s, n, t: write() if s == stage else None)  # type: ignore[arg-type]
 

@@ -1,0 +1,128 @@
+"""What must hold when a diff takes its name and its original goes: nobody wrote, nobody needs it, its parents stay.
+
+Rule 1: two processes that store two models against each other do not both remove an original.
+Rule 2: every file that a diff is read from is held by a link before the diff has its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydrafs import keeping
+from hydrafs.errors import Changing, from_oserror
+from hydrafs.identity import FileIdentity
+from hydrafs.layout import FileSource
+from hydrafs.manifest import Parent
+from hydrafs.rehydrate import Rehydrated
+from hydrafs.store import ModelEntry, Store, TemporaryFile
+
+__all__ = ["copy_ownership", "disk_errors", "hold", "keep_parents", "may_go", "unchanged"]
+
+
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Errors of the operating system while ``target`` is written, as ours."""
+    try:
+        yield
+    except OSError as error:
+        raise from_oserror(error, "cannot write the diff", target) from error
+
+
+def unchanged(model: Path, source: FileSource, before: FileIdentity) -> None:
+    """Return if nobody has written to the file that is read, nor given its name to another.
+
+    Raises:
+        Changing: somebody has.
+    """
+    try:
+        now = (os.stat(model), os.fstat(source.fd))
+    except OSError as error:
+        raise Changing("a model went away while it was read", where=model) from error
+    if not all(_is_same(stat, source, before) for stat in now):
+        raise Changing("a model changed while it was read", where=model)
+
+
+def _is_same(stat: os.stat_result, source: FileSource, before: FileIdentity) -> bool:
+    now = FileIdentity.of(stat)
+    if now == before:
+        return True
+    # Another process that stores a model against this one holds it by a link: that changes its ctime, and nothing else.
+    linked = stat.st_nlink != source.stat.st_nlink
+    return linked and dataclasses.replace(now, ctime_ns=before.ctime_ns) == before
+
+
+def copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
+    """Give the diff the model's mode and, as far as that is allowed, its owner."""
+    fd = temporary.file.fileno()
+    os.fchmod(fd, source.stat.st_mode & 0o666)
+    with contextlib.suppress(PermissionError):
+        os.fchown(fd, source.stat.st_uid, source.stat.st_gid)
+
+
+def _plain_files(opened: Sequence[FileSource | Rehydrated]) -> list[FileSource]:
+    """Every full file that the open parents, their parents included, are read from."""
+    found: list[FileSource] = []
+    pending = list(opened)
+    while pending:
+        parent = pending.pop()
+        if isinstance(parent, FileSource):
+            found.append(parent)
+        else:
+            pending += [p.source for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
+    return found
+
+
+def hold(opened: Sequence[FileSource | Rehydrated]) -> None:
+    """Keep other processes from removing the parents' originals while they are parents here (``may_go``)."""
+    for file in _plain_files(opened):
+        with contextlib.suppress(OSError):  # a filesystem without locks, or a lock that is held: see may_go
+            fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> bool:
+    """Whether the original may be removed: no other process is storing a model against it at this moment, and the full
+    files that its diff is read from still stand under their names.
+
+    Two processes that store two models against each other would each prove a diff while both originals are there. Each
+    holds its parents with a shared lock from before the proof on, so neither gets the exclusive lock on its original.
+    """
+    try:
+        fcntl.flock(source.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # no locks here: what stands is still looked at
+    for file in _plain_files(opened):
+        try:
+            if not os.path.samestat(os.stat(file.path), file.stat):
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def keep_parents(
+    store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[FileSource | Rehydrated]
+) -> None:
+    """Hold every file that the diff will be read from, so that it outlives its name; the caller holds the store's lock.
+
+    Args:
+        entries, parents: the models, and what the manifest calls them.
+        opened: the same, open, or those of them that are diffs.
+    """
+    for entry, parent in zip(entries, parents, strict=True):
+        keeping.hold(store, entry.path, parent.sha256)
+    pending = [parent for parent in opened if isinstance(parent, Rehydrated)]
+    while pending:
+        diff = pending.pop()
+        for record, open_parent in zip(diff.manifest.parents, diff.parents, strict=True):
+            if isinstance(open_parent.source, Rehydrated):
+                keeping.hold(store, Path(open_parent.source.diff.path), record.sha256)
+                pending.append(open_parent.source)
+            elif isinstance(open_parent.source, FileSource):
+                keeping.hold(store, Path(open_parent.source.path), record.sha256)
