@@ -99,7 +99,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._tried = Tried(self.store)
-        self._work = Work("idle", os.getpid())
+        self._work = Work("none", os.getpid())  # not what is told first, so that the first thing is told
 
     def stop(self) -> None:
         """End as soon as possible: what is being done is thrown away."""

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -404,9 +403,12 @@ class TestAsAProcess:
         helper = Helper(scene.root, {"settle_seconds": 0.1, "min_nbytes": 1000})
         helper.start()
         try:
-            assert eventually(lambda: told(scene.store).state == "idle")
-            first = told(scene.store).pid
-            os.kill(first, signal.SIGKILL)
+            # Before it has said anything it is known to be there, and not as which process.
+            assert eventually(lambda: told(scene.store).pid > 1)
+            assert helper._process is not None
+            first = helper._process.pid
+            assert told(scene.store).pid == first
+            helper._process.kill()
             assert eventually(lambda: told(scene.store).pid not in (0, first))
             scene.tuned.write_bytes(scene.data)
             assert eventually(lambda: not scene.tuned.exists())
