@@ -126,6 +126,20 @@ class TestControl:
         good(run("control", mounted, "log-level", "debug"))
         bad(run("control", mounted, "log-level", "loud"), 2, "choose one of debug, info, warning, error")
 
+    def test_prefetch(self, run: Run, mounted: Path, filled: Filled) -> None:
+        good(run("control", mounted, "prefetch", "tuned.safetensors"))
+
+        def was_read() -> bool:
+            return bool(good(run("status", mounted, "--json")).json["read_nbytes"] >= len(filled.data))
+
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not was_read() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert was_read()
+        bad(run("control", mounted, "prefetch", "../nothing"), 2, "no such model")
+        bad(run("control", mounted, "prefetch", "."), 2, "not a model")
+        bad(run("control", mounted, "prefetch"), 2, "a value is missing")
+
     def test_base_folders_are_read_again(self, run: Run, mounted: Path, filled: Filled, tmp_path: Path) -> None:
         elsewhere = tmp_path / "bases"
         elsewhere.mkdir()

@@ -9,7 +9,7 @@ import click
 from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, parse_nbytes, print_json, say
 from hydrafs.errors import UsageError
 
-_ACTIONS = ("cache-size", "drop", "log-level", "pause", "reload", "resume")
+_ACTIONS = ("cache-size", "drop", "log-level", "pause", "prefetch", "reload", "resume")
 
 
 @click.command("control", short_help="Tell a running daemon what to do.")
@@ -19,12 +19,16 @@ _ACTIONS = ("cache-size", "drop", "log-level", "pause", "reload", "resume")
 @json_option
 def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> None:
     """Tell the daemon of MOUNTPOINT: cache-size SIZE, drop (what it keeps decoded), log-level debug|info|warning|error,
-    reload (the store's config.toml), pause and resume (the worker that dehydrates)."""
+    prefetch MODEL (by its path in the mount), reload (the store's config.toml), pause and
+    resume (the worker that dehydrates)."""
     request: dict[str, Any] = {}
-    if action in ("cache-size", "log-level"):
+    if action in ("cache-size", "log-level", "prefetch"):
         if value is None:
             raise UsageError("a value is missing", where=action, remedy="hydrafs control --help tells which")
-        request = {"nbytes": parse_nbytes(value)} if action == "cache-size" else {"level": value}
+        if action == "prefetch":
+            request = {"path": value}
+        else:
+            request = {"nbytes": parse_nbytes(value)} if action == "cache-size" else {"level": value}
     elif value is not None:
         raise UsageError("a value that is not wanted", where=action, detail=value)
     (point,) = mounts_of(mountpoint)
@@ -35,6 +39,8 @@ def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> N
         say(f"the cache keeps at most {human(answer['budget_nbytes'])}")
     elif action == "drop":
         say(f"{human(answer['dropped'])} dropped")
+    elif action == "prefetch":
+        say(f"{answer['path']} is being read into memory")
     elif action == "reload":
         say(f"base folders: {', '.join(answer['base_folders']) or 'none'}")
     elif action in ("pause", "resume"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from hydrafs.service.control import runtime_folders
 from hydrafs.service.memory import fitting_cache, limit_nbytes
 from hydrafs.service.metrics import parse_address
 from hydrafs.service.running import Served, Settings
+from hydrafs.service.running import warm as start_warming
 
 log = logging.getLogger("hydrafs.cli.mount")
 
@@ -157,16 +156,7 @@ def command(
         if served:  # in the foreground: here is who serves, and here is who the supervisor knows
             served[0].ready()
         if warm:
-            # Another process, which nothing waits for: the one that serves must not read its own mount.
-            subprocess.Popen(
-                [sys.executable, "-m", "hydrafs", "warm", "--lately", os.fspath(found.mountpoint)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd="/",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},  # wherever this hydrafs came from
-            )
+            start_warming("--lately", os.fspath(found.mountpoint))
 
     mount(
         make_tree,

@@ -10,6 +10,9 @@ import json
 import logging
 import os
 import signal
+import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +37,19 @@ log = logging.getLogger(__name__)
 _NOTE_SECONDS = 60.0
 _NOTED = 200
 _LEVELS = ("debug", "info", "warning", "error")
+
+
+def warm(*arguments: str) -> None:
+    """Start ``hydrafs warm`` as a process that nothing waits for: the one that serves must not read its own mount."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hydrafs", "warm", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+    threading.Thread(target=process.wait, name="hydrafs-warm", daemon=True).start()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +179,7 @@ class Served(Observed):
             "cache-size": self._resize,
             "drop": lambda request: {"dropped": self.tree.cache.drop()},
             "log-level": self._log_level,
+            "prefetch": self._prefetch,
             "reload": self.reload,
             "pause": lambda request: self._pause(True),
             "resume": lambda request: self._pause(False),
@@ -182,6 +199,17 @@ class Served(Observed):
             )
         self.tree.cache.resize(nbytes)
         return {"budget_nbytes": self.tree.cache.budget_nbytes}
+
+    def _prefetch(self, request: dict[str, Any]) -> dict[str, str]:
+        path = os.path.normpath(f"/{request.get('path', '')}")
+        try:
+            attributes = self.tree.getattr(path)
+        except OSError as error:
+            raise from_oserror(error, "no such model", self._mountpoint / path[1:]) from error
+        if not stat.S_ISREG(attributes.mode):
+            raise UsageError("not a model", where=self._mountpoint / path[1:], remedy="name a file of the mount")
+        warm(os.fspath(self._mountpoint / path[1:]))
+        return {"path": path}
 
     def _pause(self, on: bool) -> dict[str, bool]:
         try:
