@@ -96,6 +96,8 @@ class Worker:
     _tried: Tried = field(init=False)
     _work: Work = field(init=False)
     _told: float = 0.0
+    _until: float = 0.0
+    """When the next model will have rested long enough, as of the last look; 0 where there is none that could."""
 
     def __post_init__(self) -> None:
         self._tried = Tried(self.store)
@@ -126,17 +128,12 @@ class Worker:
             until = 0.0
             if not self._is_paused():
                 self.step()
-                until = self._next()
+                until = self._until
             return_memory()
             state = "paused" if self._is_paused() else "idle" if self.policy.enabled else "off"
             now, wall = self.clock(), time.time()
             self._tell(state, model="", stage="", waits_until=wall + until - now if until else 0.0)
             self._changed.wait(min(limit, max(0.05, until - now)) if until else limit)
-
-    def _next(self) -> float:
-        """When the next model will have rested long enough; 0 where there is none that could."""
-        times = [self._seen[m.path].since + self._settle(m.path) for m in self._wanted(self._plain())]
-        return min(times, default=0.0)
 
     def _start(self) -> None:
         for tend in (tending.start, tending.hold_parents):
@@ -176,15 +173,20 @@ class Worker:
         done = []
         self._configure()
         models = self._plain()
-        now = self.clock()
+        now, looked_at = self.clock(), False
         for model in self._wanted(models):
             if self._stopped.is_set() or self._is_paused():
                 break
             if now - self._seen[model.path].since >= self._settle(model.path):
+                looked_at = True
                 outcome = self._one(model.path, [m.path for m in self._newer(model, models)])
                 if outcome is not None:
                     done.append(outcome)
+        if looked_at:
+            models = self._plain()
         self._tried.keep({m.name for m in models})
+        times = [self._seen[m.path].since + self._settle(m.path) for m in self._wanted(models)]
+        self._until = min(times, default=0.0)
         return done
 
     def _plain(self) -> list[_Model]:
