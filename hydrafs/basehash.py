@@ -20,6 +20,7 @@ import msgspec
 from hydrafs.covered import real_path
 from hydrafs.errors import Changing
 from hydrafs.identity import FileIdentity, probe, sha256
+from hydrafs.keeping import remember
 from hydrafs.layout import FileSource, plain_text
 from hydrafs.manifest import Parent
 from hydrafs.store import ModelEntry, Store, trailer_of
@@ -77,15 +78,13 @@ class BaseHashes:
 
     def _take(self, path: Path, source: FileSource) -> bytes:
         with source:
-            identity = FileIdentity.of(source.stat)
             digest = sha256(source, self._count)
             try:
-                now = FileIdentity.of(os.stat(path))
+                unchanged = remember(self._store, path, source.stat, digest)
             except OSError as error:
                 raise Changing("a base went away while it was read", where=path) from error
-            if now != identity:
+            if not unchanged:
                 raise Changing("a base changed while it was read", where=path)
-            self._store.catalog.remember_sha256(path, identity, digest)
             return digest
 
     def _count(self, nbytes: int) -> None:

@@ -7,7 +7,6 @@ Rule 2: every file that a diff is read from is held by a link before the diff ha
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from hydrafs import keeping
 from hydrafs.errors import Changing, from_oserror
-from hydrafs.identity import FileIdentity
+from hydrafs.identity import is_unchanged
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import Rehydrated
@@ -33,7 +32,7 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise from_oserror(error, "cannot write the diff", target) from error
 
 
-def unchanged(model: Path, source: FileSource, before: FileIdentity) -> None:
+def unchanged(model: Path, source: FileSource) -> None:
     """Return if nobody has written to the file that is read, nor given its name to another.
 
     Raises:
@@ -43,17 +42,8 @@ def unchanged(model: Path, source: FileSource, before: FileIdentity) -> None:
         now = (os.stat(model), os.fstat(source.fd))
     except OSError as error:
         raise Changing("a model went away while it was read", where=model) from error
-    if not all(_is_same(stat, source, before) for stat in now):
+    if not all(is_unchanged(source.stat, stat) for stat in now):
         raise Changing("a model changed while it was read", where=model)
-
-
-def _is_same(stat: os.stat_result, source: FileSource, before: FileIdentity) -> bool:
-    now = FileIdentity.of(stat)
-    if now == before:
-        return True
-    # Another process that stores a model against this one holds it by a link: that changes its ctime, and nothing else.
-    linked = stat.st_nlink != source.stat.st_nlink
-    return linked and dataclasses.replace(now, ctime_ns=before.ctime_ns) == before
 
 
 def copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:

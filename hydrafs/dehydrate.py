@@ -184,7 +184,7 @@ def dehydrate(
                     progress=encoded,
                     last=lambda: hashes.complete(lambda nbytes, total: report("hash", nbytes, total)),
                 )
-                unchanged(model, source, before)
+                unchanged(model, source)
                 temporary.flush_to_disk()
                 stored = os.fstat(temporary.file.fileno()).st_size
                 if not raw and stored > (1 - MUST_SHRINK_BY) * source.size:
@@ -194,7 +194,7 @@ def dehydrate(
                 with DiffFile(temporary.path) as diff:
                     reasons = (*choice.reasons, *map(str, made_of(diff)))
                 removed = _commit(
-                    store, source, before, temporary, target, options,
+                    store, source, temporary, target, options,
                     lambda: keep_parents(store, entries, manifest.parents, opened),
                     lambda: _remember(store, model, before, target, manifest.sha256, facts),
                     opened,
@@ -217,7 +217,6 @@ def dehydrate(
 def _commit(
     store: Store,
     source: FileSource,
-    before: FileIdentity,
     temporary: TemporaryFile,
     target: Path,
     options: Options,
@@ -230,7 +229,7 @@ def _commit(
 
     def check() -> None:
         options.still()
-        unchanged(model, source, before)
+        unchanged(model, source)
 
     # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
     with store.lock():

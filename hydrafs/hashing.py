@@ -22,6 +22,7 @@ from hydrafs.diff import DiffFile, read_hashes
 from hydrafs.digests import ADDNET, NBYTES, PARTIAL, PARTIAL_NBYTES, PARTIAL_OFFSET, SHA256, Digests, checked
 from hydrafs.errors import Changing, HydraError, VerifyFailed
 from hydrafs.identity import FileIdentity
+from hydrafs.keeping import remember
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Manifest
 from hydrafs.opening import Opener
@@ -67,6 +68,19 @@ class KnownHashes:
                 self._of_diffs[key] = (identity, found)
         if SHA256 in found and len(found) == 1:  # written before diffs held the others
             return {**self._store.catalog.hashes(found[SHA256]), **found}
+        return found
+
+    def of_model(self, entry: ModelEntry) -> dict[str, bytes]:
+        """The known hashes of a model of the store as it stands, by name.
+
+        Raises:
+            OSError: it is gone.
+        """
+        found = self.of(entry.path, entry.path.stat(), is_diff=entry.is_diff)
+        if SHA256 not in found and not entry.is_diff and self._store.private.is_dir():
+            # A link that is being made changes the identity of a file a moment before the catalog is told.
+            with contextlib.suppress(HydraError), self._store.lock():
+                found = self.of(entry.path, entry.path.stat(), is_diff=False)
         return found
 
 
@@ -136,15 +150,17 @@ def _hash_file(
     store: Store, path: Path, digests: Digests, progress: Progress | None
 ) -> tuple[bytes, tuple[tuple[str, bytes], ...]]:
     with FileSource(path) as source:
-        identity = FileIdentity.of(source.stat)
         position = 0
         while block := source.pread(position, _READ_NBYTES):
             digests.update(block)
             position += len(block)
             if progress:
                 progress(len(block))
-        if FileIdentity.of(os.fstat(source.fd)) != identity or position != source.size:
-            raise Changing("a model changed while it was read", where=path)
-    sha256, others = digests.finish()
-    store.catalog.remember_sha256(path, identity, sha256)
+        sha256, others = digests.finish()
+        try:
+            unchanged = position == source.size and remember(store, path, source.stat, sha256)
+        except OSError as error:
+            raise Changing("a model went away while it was read", where=path) from error
+    if not unchanged:
+        raise Changing("a model changed while it was read", where=path)
     return sha256, others

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable
@@ -32,6 +33,14 @@ class FileIdentity:
     def of(cls, stat: os.stat_result) -> FileIdentity:
         """The identity in a stat result."""
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev)
+
+
+def is_unchanged(before: os.stat_result, now: os.stat_result) -> bool:
+    """Whether a file is what it was: of the same identity, or of one that differs by a link made or gone since.
+    Links change the ctime of a file, and whoever holds a parent makes one at any time (``hydrafs.keeping``)."""
+    then, found = FileIdentity.of(before), FileIdentity.of(now)
+    linked = before.st_nlink != now.st_nlink
+    return found == then or (linked and dataclasses.replace(found, ctime_ns=then.ctime_ns) == then)
 
 
 def probe(source: ByteSource) -> int:

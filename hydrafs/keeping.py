@@ -24,15 +24,15 @@ from pathlib import Path
 from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, Protected
-from hydrafs.identity import FileIdentity, probe
+from hydrafs.identity import FileIdentity, is_unchanged, probe
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.needs import Need, needs
 from hydrafs.store import TEMPORARY, Store, TemporaryFile, fsync_folder, looks_like_model, trailer_of
 
 __all__ = ["KeptLinks", "before_overwrite", "carried", "diff_of", "drop", "hold", "is_parent", "is_proven",
-           "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of", "remove_diff", "remove_model",
-           "standing"]  # fmt: skip
+           "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of", "remember", "remove_diff",
+           "remove_model", "standing"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,23 @@ def carried(store: Store, path: Path, *to: Path) -> Iterator[None]:
             same = (before.inode, before.device, before.size, before.mtime_ns)
             if same == (after.inode, after.device, after.size, after.mtime_ns):
                 store.catalog.carry(path, before, place, after)
+
+
+def remember(store: Store, path: Path, before: os.stat_result, sha256: bytes) -> bool:
+    """Keep the SHA-256 that was taken of the file at ``path`` from when it was as ``before``; whether it still is.
+
+    Raises:
+        OSError: there is no such file any more.
+    """
+    with contextlib.ExitStack() as stack:
+        # Whoever links holds the lock. A link in between would leave the fact with an identity that is no more.
+        with contextlib.suppress(HydraError):  # a store that cannot be written to: nobody links there either
+            stack.enter_context(store.lock())
+        now = os.stat(path)
+        if not is_unchanged(before, now):
+            return False
+        store.catalog.remember_sha256(path, FileIdentity.of(now), sha256)
+    return True
 
 
 def let_go(store: Store, stat: os.stat_result, needed: dict[bytes, Need]) -> None:

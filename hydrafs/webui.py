@@ -156,7 +156,7 @@ def entries_of(store: Store, kind: Kind, checkpoints: Sequence[Path], loras: Seq
             endings = CHECKPOINT_ENDINGS if kind != "sdnext" else (_SAFETENSORS,)
             for found in find_models(store, folder, endings):
                 name = os.path.splitext(found.relative)[0] if kind == "sdnext" else found.relative
-                hashes = known.of(found.entry.path, found.entry.path.stat(), is_diff=found.entry.is_diff)
+                hashes = known.of_model(found.entry)
                 if SHA256 in hashes:
                     told.checkpoints += 1
                     _put(entries, "hashes", f"checkpoint/{name}", _hash(found, hashes[SHA256], kind))
@@ -171,7 +171,7 @@ def entries_of(store: Store, kind: Kind, checkpoints: Sequence[Path], loras: Seq
         for folder in loras:
             for found in find_models(store, folder, LORA_ENDINGS):
                 key = "lora/" + os.path.splitext(os.path.basename(found.filename))[0]
-                hashes = known.of(found.entry.path, found.entry.path.stat(), is_diff=found.entry.is_diff)
+                hashes = known.of_model(found.entry)
                 is_safetensors = found.filename.lower().endswith(_SAFETENSORS)
                 # Forge keeps the hash of the whole file in the place of the other.
                 name = ADDNET if is_safetensors and kind != "forge" else SHA256

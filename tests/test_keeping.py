@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Filled, ModelMaker
 
-from hydrafs import keeping, renaming
+from hydrafs import basehash, keeping, renaming
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
-from hydrafs.errors import HydraError, ParentUnavailable, Protected
-from hydrafs.identity import FileIdentity
+from hydrafs.errors import Changing, HydraError, ParentUnavailable, Protected
+from hydrafs.hashing import KnownHashes, compute
+from hydrafs.identity import FileIdentity, sha256
+from hydrafs.layout import ByteSource
 from hydrafs.opening import Opener
 from hydrafs.store import Store
 
@@ -86,6 +91,83 @@ class TestHolding:
         base = family.path("base.safetensors")
         expected = sha256_of(family.originals["base.safetensors"])
         assert family.store.catalog.sha256(base, FileIdentity.of(base.stat())) == expected
+
+    def test_a_file_that_is_held_while_it_is_hashed_is_the_file_it_was(self, family: Family) -> None:
+        """A daemon that starts holds the parents that it finds, while a command reads one of them."""
+        data = os.urandom(1 << 20)
+        path = family.path("other.bin")
+        path.write_bytes(data)
+        links = iter(("first", "second"))
+
+        def linked(_: int) -> None:
+            with contextlib.suppress(StopIteration):
+                os.link(path, family.store.private / next(links))
+
+        entry = family.store.locate(path)
+        assert compute(family.store, entry, linked)["sha256"] == sha256_of(data)
+        assert KnownHashes(family.store).of_model(entry)["sha256"] == sha256_of(data)
+
+    def test_a_base_that_is_held_while_a_model_is_stored_against_it(
+        self, family: Family, models: ModelMaker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = family.path("new-base.safetensors")
+        models.save(base, {n: t + 1 for n, t in models.base("fp16").items()})
+        models.save(family.path("new.safetensors"), {n: t + 1 for n, t in models.tuned("fp16").items()})
+
+        def linked(source: ByteSource, progress: Callable[[int], None]) -> bytes:
+            found = sha256(source, progress)
+            os.link(base, family.store.private / "link")
+            return found
+
+        monkeypatch.setattr(basehash, "sha256", linked)
+        options = Options(jobs=1, chunk_nbytes=32 << 10, bases=(base,))
+        assert dehydrate(family.store, family.path("new.safetensors"), options).original_removed
+        assert keeping.is_proven(family.store, base, sha256_of(base.read_bytes()))
+
+    def test_a_base_that_is_written_to_while_it_is_hashed_is_another(self, family: Family, models: ModelMaker) -> None:
+        path = family.path("other.bin")
+        path.write_bytes(os.urandom(1 << 20))
+
+        def written(_: int) -> None:
+            with path.open("r+b") as file:
+                file.write(b"x")
+            with contextlib.suppress(FileExistsError):
+                os.link(path, family.store.private / "link")
+
+        with pytest.raises(Changing):
+            compute(family.store, family.store.locate(path), written)
+        assert not KnownHashes(family.store).of_model(family.store.locate(path))
+
+    def test_the_hash_of_a_base_is_known_while_it_is_being_held(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A link changes the ctime of a file; the catalog is told a moment later."""
+        base = family.path("other.bin")
+        base.write_bytes(b"a parent")
+        digest = compute(family.store, family.store.locate(base))["sha256"]
+        other = Store(family.root)  # as another process has it
+        asked, linked = threading.Event(), threading.Event()
+        carry = other.catalog.carry
+
+        def late(*arguments: Any) -> None:
+            linked.set()
+            asked.wait(0.3)
+            carry(*arguments)
+
+        monkeypatch.setattr(other.catalog, "carry", late)
+
+        def hold() -> None:
+            with other.lock():
+                keeping.hold(other, base, digest)
+
+        with contextlib.closing(other), ThreadPoolExecutor(1) as pool:
+            held = pool.submit(hold)
+            assert linked.wait(30)
+            known = KnownHashes(family.store)
+            entry = family.store.locate(base)
+            assert not known.of(base, base.stat(), is_diff=False), "the moment is there"
+            assert known.of_model(entry)["sha256"] == digest
+            held.result()
 
     def test_a_held_base_that_is_written_to_is_detected_and_heals(self, family: Family) -> None:
         base = family.path("base.safetensors")

@@ -85,7 +85,7 @@ def command(
 
 def _facts(store: Store, known: KnownHashes, entry: ModelEntry, read: bool) -> tuple[dict[str, Any], int]:
     try:
-        hashes = known.of(entry.path, entry.path.stat(), is_diff=entry.is_diff)
+        hashes = known.of_model(entry)
         if read and missing(hashes, container_of(entry)):
             with progress_bar(f"hashing {Path(entry.name).name}", os.path.getsize(entry.path)) as progress:
                 hashes = compute(store, entry, progress)
