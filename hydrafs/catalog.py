@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS hashes (
     sha256 BLOB, name TEXT, value BLOB, PRIMARY KEY (sha256, name)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS blocks (sha256 BLOB PRIMARY KEY, data BLOB);
+CREATE INDEX IF NOT EXISTS files_by_inode ON files (inode);
 """
 """Tables that a catalog of the same version may not have yet: it is not thrown away for them."""
 
@@ -144,14 +145,19 @@ class Catalog:
         signed = identity.inode - (1 << 64) if identity.inode >= 1 << 63 else identity.inode
         return identity.size, identity.mtime_ns, identity.ctime_ns, signed, identity.device
 
-    _WHERE = "path = ? AND size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ? AND device = ?"
+    _FILE = "size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ? AND device = ?"
+    _WHERE = f"path = ? AND {_FILE}"
 
     def sha256(self, path: Path, identity: FileIdentity) -> bytes | None:
-        """The SHA-256 of the file, if it is known for this identity."""
+        """The SHA-256 of the file, if it is known for this identity, under this path or under another link to it."""
         key = (_key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
-            row = database.execute(f"SELECT sha256 FROM files WHERE {self._WHERE}", key).fetchone()
+            row = database.execute(
+                f"SELECT sha256 FROM files WHERE {self._WHERE} AND sha256 IS NOT NULL", key
+            ).fetchone() or database.execute(
+                f"SELECT sha256 FROM files WHERE {self._FILE} AND sha256 IS NOT NULL", key[1:]
+            ).fetchone()  # fmt: skip
         return row[0] if row and isinstance(row[0], bytes) and len(row[0]) == 32 else None
 
     def remember_sha256(self, path: Path, identity: FileIdentity, sha256: bytes) -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX, DiffFile
 from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable
-from hydrafs.identity import FileIdentity, probe, sha256
-from hydrafs.keeping import is_parent, place_of
+from hydrafs.identity import FileIdentity, is_unchanged, probe, sha256
+from hydrafs.keeping import is_parent, place_of, remember
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
@@ -174,7 +174,7 @@ class Opener:
             raise
         if known is not None:
             return OpenParent(source, lambda: _is_untouched(source), parent.name)
-        self._prove_later(path, identity, parent.sha256)
+        self._prove_later(path, source.stat, parent)
         return OpenParent(
             source, lambda: self._is_proven(path, identity, parent.sha256) and _is_untouched(source), parent.name
         )
@@ -211,35 +211,37 @@ class Opener:
         with self._lock:
             return (path, identity, digest) in self._proven
 
-    def _prove_later(self, path: Path, identity: FileIdentity, digest: bytes) -> None:
+    def _prove_later(self, path: Path, stat: os.stat_result, parent: Parent) -> None:
         if self._hasher is None:
             return
+        identity = FileIdentity.of(stat)
         with self._lock:
             if (path, identity) in self._hashing:
                 return
             self._hashing.add((path, identity))
-        self._hasher.submit(self._prove, path, identity, digest)
+        self._hasher.submit(self._prove, path, stat, parent)
 
-    def _prove(self, path: Path, identity: FileIdentity, digest: bytes) -> None:
+    def _prove(self, path: Path, stat: os.stat_result, parent: Parent) -> None:
+        identity, digest = FileIdentity.of(stat), parent.sha256
         try:
             with FileSource(path) as source:
-                if FileIdentity.of(source.stat) == identity:
+                if is_unchanged(stat, source.stat):
                     found = sha256(source, self._go_on)
-                    if FileIdentity.of(os.fstat(source.fd)) == identity:
-                        self.store.catalog.remember_sha256(path, identity, found)
+                    if remember(self.store, path, source.stat, found):
                         verdict = self._proven if found == digest else self._disproved
                         with self._lock:
                             verdict.add((path, identity, digest))
                         if found != digest:
                             log.error(
-                                "the parent %s has changed: SHA-256 %s, expected %s; restore it",
+                                "the parent %s, at %s, has changed: SHA-256 %s, expected %s; restore it",
+                                parent.name,
                                 path,
                                 found.hex(),
                                 digest.hex(),
                             )
         except _Closed:
             pass
-        except HydraError as error:
+        except (HydraError, OSError) as error:
             log.warning("cannot prove the parent %s: %s", path, error)
         finally:
             with self._lock:

@@ -364,7 +364,10 @@ class TestTheDaemonKeepsOffItsMount:
                 assert sha256_of(point / name) == original.sha256
                 os.listxattr(point / name)
             assert (point / "back.safetensors").read_bytes() == library.originals["tuned.safetensors"].data
-            # Now every place where the parent may be is looked at, the links too.
+            # Now every place where the parent may be is looked at, the links too. The worker holds it, a moment later.
+            held = tmp_path / "store" / ".hydrafs" / "held" / library.originals["base.safetensors"].sha256
+            assert eventually(held.exists)
+            held.unlink()
             (tmp_path / "store" / "base.safetensors").rename(tmp_path / "base.safetensors")
             for name in ("tuned.safetensors", "half.safetensors"):
                 assert (point / name).stat()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 from conftest import Filled, ModelMaker
+from mounts import eventually
 
-from hydrafs import basehash, keeping, renaming
+from hydrafs import basehash, keeping, opening, renaming
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.errors import Changing, HydraError, ParentUnavailable, Protected
@@ -123,6 +125,32 @@ class TestHolding:
         options = Options(jobs=1, chunk_nbytes=32 << 10, bases=(base,))
         assert dehydrate(family.store, family.path("new.safetensors"), options).original_removed
         assert keeping.is_proven(family.store, base, sha256_of(base.read_bytes()))
+
+    def test_a_large_base_that_is_held_while_it_is_proved(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        base = family.path("base.safetensors")
+        digest = sha256_of(family.originals["base.safetensors"])
+        shutil.copy2(base, family.path("copy"))
+        os.replace(family.path("copy"), base)  # nothing is known of it
+        shutil.rmtree(family.store.held)
+
+        def linked(source: ByteSource, progress: Callable[[int], None]) -> bytes:
+            found = sha256(source, progress)
+            with family.store.lock():
+                keeping.hold(family.store, base, digest)
+            return found
+
+        monkeypatch.setattr(opening, "HASHED_AT_OPEN_NBYTES", 0)
+        monkeypatch.setattr(opening, "sha256", linked)
+        opener = Opener(family.store, ChunkCache(1 << 20), background=True)
+        with contextlib.closing(opener):
+            with contextlib.closing(opener.open(family.store.locate(family.path("tuned0.safetensors")))) as model:
+                assert model.pread(0, model.size) == family.originals["tuned0.safetensors"]
+            assert eventually(lambda: keeping.is_proven(family.store, base, digest))
+        held = keeping.place_of(family.store.held, digest, is_diff=False)
+        assert os.path.samestat(held.stat(), base.stat())
+        assert keeping.is_proven(family.store, held, digest), "a file is what it is under each of its names"
 
     def test_a_base_that_is_written_to_while_it_is_hashed_is_another(self, family: Family, models: ModelMaker) -> None:
         path = family.path("other.bin")

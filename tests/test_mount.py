@@ -500,7 +500,7 @@ def test_a_large_parent_that_changed_is_found_out_in_the_background(large_parent
     path, data = live.path / "tuned.safetensors", large_parent.originals["tuned.safetensors"].data
     with contextlib.suppress(OSError):
         assert path.read_bytes() == data
-    live.logged("ERROR", "base.safetensors has changed", "restore it")
+    live.logged("ERROR", "the parent base.safetensors", "has changed", "restore it")
     assert eventually(lambda: _refused(path)), "refused at open from then on"
     live.logged("ERROR", "/tuned.safetensors", "has changed")
     live.may_log("an open file")
