@@ -7,7 +7,8 @@ Such names exist here and nowhere else: the store sees the deletion, and the ope
 Rule 1: no such name reaches the store or a listing, so none is left behind.
 Rule 2: a file that is replaced is there until the other one is. libfuse hides the old one first; whether a rename
         follows on the same thread, or nothing because it was a deletion, is not known then. So the deletion waits until
-        that thread does something else, or for ``_SECONDS``, and whoever asks for the name meanwhile waits as well.
+        that thread does something else or waits for its next request, which is looked at every ``_SECONDS``, and
+        whoever asks for the name meanwhile waits as well.
 Rule 3: a look-up takes the attributes first and libfuse's number of the file after. Between a rename and the moment
         when libfuse knows of it these would be of two files, and readers of the old one would see the size of the new:
         for ``_TOLD_SECONDS`` after a rename, look-ups of the name wait.
@@ -19,11 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cachetools import LRUCache
 
@@ -33,6 +36,7 @@ log = logging.getLogger("hydrafs.vfs")
 
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}\Z")
 _SECONDS = 0.02
+_AT_MOST_SECONDS = 5.0
 _TOLD_SECONDS = 0.005
 _OPENABLE_SECONDS = 0.2
 _REMEMBERED = 10_000
@@ -43,10 +47,26 @@ def is_hidden_name(path: str) -> bool:
     return _HIDDEN.match(path.rpartition("/")[2]) is not None
 
 
+def _waits_for_a_request(task: int) -> bool:
+    """Whether a thread of this process reads from /dev/fuse, as far as proc(5) tells, or is no more. On a busy machine
+    a thread that is about to rename may not get a processor, or the interpreter's lock, for longer than any wait."""
+    try:
+        call = Path(f"/proc/self/task/{task}/syscall").read_text().split()
+    except OSError:
+        return True
+    try:
+        # "running", or -1 outside of a call; else its number and its arguments, of which the first is what is read.
+        return len(call) > 3 and os.readlink(f"/proc/self/fd/{int(call[1], 16)}") == "/dev/fuse"
+    except (OSError, ValueError):
+        return False
+
+
 @dataclass(eq=False, slots=True)
 class _Leaving:
     path: str
     thread: int
+    task: int
+    until: float
     delete: Callable[[], None]
     taken_by: int = 0
     done: threading.Event = field(default_factory=threading.Event)
@@ -65,14 +85,24 @@ class Departed:
 
     def hide(self, path: str, hidden: str, files: Sequence[OpenFile], delete: Callable[[], None]) -> None:
         """``path`` was renamed to ``hidden``: ``files`` answer for that, and ``delete`` is called when it is time."""
-        leaving = _Leaving(path, threading.get_ident(), delete)
+        until = time.monotonic() + _AT_MOST_SECONDS
+        leaving = _Leaving(path, threading.get_ident(), threading.get_native_id(), until, delete)
         with self._lock:
             self._files[hidden] = list(files)
             self._used[hidden] = True
             self._leaving[path] = leaving
-        timer = threading.Timer(_SECONDS, self._finish, (leaving,))
+        self._look_later(leaving)
+
+    def _look_later(self, leaving: _Leaving) -> None:
+        timer = threading.Timer(_SECONDS, self._look, (leaving,))
         timer.daemon = True
         timer.start()
+
+    def _look(self, leaving: _Leaving) -> None:
+        if leaving.thread and time.monotonic() < leaving.until and not _waits_for_a_request(leaving.task):
+            self._look_later(leaving)
+        else:
+            self._finish(leaving)
 
     def keep(self, file: OpenFile) -> None:
         """Close ``file``, which is among those that answer for a name, in a while."""

@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mounts import Library, Mount, sha256_of
 from safetensors.torch import load_file, save_file
 
+from hydrafs.departing import Departed
 from hydrafs.writing import WritableTree
 
 pytest_plugins = ["mounting_fixtures"]
@@ -450,6 +451,39 @@ def test_a_name_is_never_without_a_file_while_it_is_replaced(copied: Copied, mou
             thread.join()
     assert not wrong, (len(wrong), counts, wrong[:3])
     assert counts["looked up too late"] <= counts["read"] // 20 + (10_000 if binding == "fusepy" else 0), counts
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_a_thread_that_does_not_get_a_processor_replaces_all_the_same(seconds: float) -> None:
+    """libfuse hides the old file and renames then; in between the thread may have to wait for longer than any timer."""
+    departed, deleted = Departed(), threading.Event()
+    departed.hide("/name", "/.fuse_hidden0123456789abcdef", (), deleted.set)
+    time.sleep(seconds)
+    assert not deleted.is_set(), "nothing has the name"
+    end = departed.take_over("/name")
+    assert end is not None
+    end()
+    departed.settle("/name")
+    assert not deleted.is_set()
+
+
+def test_a_hidden_file_is_deleted_once_its_thread_waits_for_a_request(copied: Copied, mounted: Mounted) -> None:
+    live = mounted(copied("base.safetensors", "half.safetensors"))
+    for name in ("half.safetensors", "base.safetensors"):
+        with (live.path / name).open("rb"):
+            (live.path / name).unlink()
+            assert not (live.path / name).exists()
+            assert name not in stored(live.root)
+
+
+def test_a_hidden_file_is_deleted_where_its_thread_is_no_more() -> None:
+    departed, deleted = Departed(), threading.Event()
+    arguments = ("/name", "/.fuse_hidden0123456789abcdef", (), deleted.set)
+    thread = threading.Thread(target=departed.hide, args=arguments)
+    thread.start()
+    thread.join()
+    departed.settle("/name")
+    assert deleted.is_set()
 
 
 @pytest.mark.parametrize("name", ["base.safetensors", "half.safetensors"])
