@@ -185,6 +185,12 @@ class OpenFile:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
             return os.fstat(self.fd)
 
+    def is_at(self, stat: os.stat_result) -> bool:
+        """Whether it reads the file that ``stat`` is of, or is closed and reads none: the kernel lets go of a file a
+        moment after its program did, on another thread."""
+        with self._lock:
+            return self._closed or os.path.samestat(os.fstat(self.fd), stat)
+
     def _writable_fd(self) -> int:
         source = self._source
         if not isinstance(source, PlainFile) or source.flags & os.O_ACCMODE == os.O_RDONLY:
@@ -243,7 +249,7 @@ class OpenFile:
         return model_attributes(source.diff.stat, then)
 
     def become(self, real: str) -> None:
-        """Go on as the plain file at ``real``, which has taken the place of what was opened.
+        """Go on as the plain file at ``real``, which has taken the place of what was opened; nothing once it is closed.
 
         Raises:
             OSError: it cannot be opened.
@@ -251,9 +257,13 @@ class OpenFile:
         flags = self._source.flags if isinstance(self._source, PlainFile) else os.O_RDONLY
         source = PlainFile.open(real, flags)
         with self._lock:
+            if self._closed:
+                source.close()
+                return
             self._past.append(self._source)
             self._source, self._reader = source, None
-        self._names.rebase(self._claim, self._version(), self._identity())
+            version, identify = self._version(), self._identity()
+        self._names.rebase(self._claim, version, identify)
 
     def close(self) -> None:
         """Let go of the file."""

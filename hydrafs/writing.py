@@ -330,7 +330,7 @@ class WritableTree(StoreTree):
         with contextlib.suppress(FileNotFoundError):
             now = os.stat(place.listed)
             for claim in self.names.claims(path):
-                if place.is_diff or not os.path.samestat(now, os.fstat(claim.holder.fd)):
+                if place.is_diff or not claim.holder.is_at(now):
                     claim.holder.become(place.listed)
 
     def _copy_up(self, path: str, *, truncate: bool = False) -> None:

@@ -26,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mounts import Library, Mount, sha256_of
 from safetensors.torch import load_file, save_file
 
+from hydrafs.coherence import Claim, Names
 from hydrafs.departing import Departed
 from hydrafs.writing import WritableTree
 
@@ -451,6 +452,33 @@ def test_a_name_is_never_without_a_file_while_it_is_replaced(copied: Copied, mou
             thread.join()
     assert not wrong, (len(wrong), counts, wrong[:3])
     assert counts["looked up too late"] <= counts["read"] // 20 + (10_000 if binding == "fusepy" else 0), counts
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "half.safetensors"])
+def test_a_file_that_is_let_go_of_while_it_is_opened_again(
+    copied: Copied, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The kernel releases a file a moment after close(2) has returned, on another thread than the next open."""
+    store = copied("base.safetensors", "half.safetensors")
+    tree = WritableTree(store.root, 1 << 20)
+    tree.start()
+    claims = Names.claims
+    try:
+        held = tree.open(f"/{name}", os.O_RDONLY)
+
+        def late(names: Names, path: str) -> list[Claim]:
+            found = claims(names, path)
+            monkeypatch.undo()
+            held.close()
+            return found
+
+        monkeypatch.setattr(Names, "claims", late)
+        opened = tree.open(f"/{name}", os.O_RDWR)
+        assert opened.pwrite(0, memoryview(b"x")) == 1
+        opened.close()
+        assert not [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == str(store.root / name)]
+    finally:
+        tree.stop()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
