@@ -164,6 +164,10 @@ class Names:
             if pages is None or pages.content != claim.content:
                 pages = self._pages[path] = _Pages(claim.content)
             claim.keep_cache = pages.alone
+            if any(old.writes and old.version.same_file(version) for old in self._open.get(path, ())):
+                # The pages have what is being written, maybe before the daemon has: were they to go now, the kernel
+                # could read what was there before, and keep that. What they are is not known from this open.
+                claim.keep_cache = claim.used = True
             self._open.setdefault(path, []).append(claim)
         return claim
 
