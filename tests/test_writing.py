@@ -652,6 +652,26 @@ def test_what_is_written_is_read_whoever_else_reads(copied: Copied, mounted: Mou
         os.close(reader)
 
 
+def test_pages_of_a_file_that_is_being_written_are_left_alone(copied: Copied) -> None:
+    """The kernel may drop them before the daemon has what is in them."""
+    tree = WritableTree(copied("base.safetensors").root, 1 << 20)
+    tree.start()
+    try:
+        writer = tree.open("/base.safetensors", os.O_WRONLY)
+        for number in range(3):
+            assert writer.pwrite(0, memoryview(bytes([number]))) == 1
+            reader = tree.open("/base.safetensors", os.O_RDONLY)
+            assert reader.keep_cache
+            reader.pread_into(0, memoryview(bytearray(1)))
+            reader.close()
+        writer.close()
+        reader = tree.open("/base.safetensors", os.O_RDONLY)
+        assert not reader.keep_cache, "what was written past the mount meanwhile is seen now"
+        reader.close()
+    finally:
+        tree.stop()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 def test_who_writes_to_a_program_takes_its_rights_away(copied: Copied, mounted: Mounted) -> None:
     live = mounted(copied("base.safetensors"), "-o", "allow_other")
