@@ -37,6 +37,7 @@ log = logging.getLogger("hydrafs.vfs")
 _HIDDEN = re.compile(r"\.fuse_hidden[0-9a-f]{16}\Z")
 _SECONDS = 0.02
 _AT_MOST_SECONDS = 5.0
+"""Who asks for the name waits for the deletion, and must not for ever."""
 _TOLD_SECONDS = 0.005
 _OPENABLE_SECONDS = 0.2
 _REMEMBERED = 10_000
