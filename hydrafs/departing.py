@@ -92,6 +92,9 @@ class Departed:
             self._files[hidden] = list(files)
             self._used[hidden] = True
             self._leaving[path] = leaving
+        for file in files:
+            if file.closed:  # on another thread, before we had the name
+                self.closed(file)
         self._look_later(leaving)
 
     def _look_later(self, leaving: _Leaving) -> None:

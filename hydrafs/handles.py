@@ -91,6 +91,18 @@ class PlainFile:
         os.close(self.fd)
 
 
+class Descriptor:
+    """A descriptor of its own, closed when nobody refers to it any more. Thread safety: all of it."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class OpenFile:
     """An open file of the mount. Thread safety: any number of readers and writers."""
 
@@ -178,12 +190,24 @@ class OpenFile:
             log_once(log, error, "cannot read %s: %s", self.path, error)
             raise
 
-    def stat(self) -> os.stat_result:
-        """What the file in the store is; ``OSError(ESTALE)`` once it is closed."""
+    @property
+    def real(self) -> str:
+        """Where the file stood in the store when it was opened."""
+        source = self._source
+        return source.path if isinstance(source, PlainFile) else source.diff.path
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._closed
+
+    def duplicate(self) -> tuple[Descriptor, bool]:
+        """Another descriptor of the file in the store, and whether it is a diff; ``OSError(ESTALE)`` once it is closed.
+        By then the number of its own descriptor may be that of any other file."""
         with self._lock:
             if self._closed:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
-            return os.fstat(self.fd)
+            return Descriptor(os.dup(self.fd)), isinstance(self._source, Rehydrated)
 
     def is_at(self, stat: os.stat_result) -> bool:
         """Whether it reads the file that ``stat`` is of, or is closed and reads none: the kernel lets go of a file a
@@ -268,9 +292,9 @@ class OpenFile:
     def close(self) -> None:
         """Let go of the file."""
         self._names.release(self._claim)
-        if self._on_close is not None:
-            self._on_close(self)
         with self._lock:
             self._closed = True
+        if self._on_close is not None:
+            self._on_close(self)
         for source in (*self._past, self._source):
             source.close()

@@ -69,9 +69,10 @@ class Opener:
             return FileSource(entry.path)
         return self.open_diff(entry.path)
 
-    def open_diff(self, path: Path) -> Rehydrated:
-        """The diff at ``path`` as the model that it stands for; see ``open``."""
-        return self._open_chain(DiffFile(path), (), iter(range(MAX_DIFFS)))
+    def open_diff(self, path: Path, fd: int | None = None) -> Rehydrated:
+        """The diff at ``path``, or of the descriptor ``fd``, which is owned from here on, as the model that it stands
+        for; see ``open``."""
+        return self._open_chain(DiffFile(path, fd), (), iter(range(MAX_DIFFS)))
 
     def _open_chain(self, diff: DiffFile, above: tuple[bytes, ...], budget: Iterator[int]) -> Rehydrated:
         parents: list[OpenParent] = []

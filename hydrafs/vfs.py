@@ -32,7 +32,7 @@ from hydrafs.coherence import Names, Version
 from hydrafs.covered import cover
 from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError, log_once
-from hydrafs.handles import OpenFile, PlainFile, model_attributes, plain_attributes
+from hydrafs.handles import Descriptor, OpenFile, PlainFile, model_attributes, plain_attributes
 from hydrafs.hashing import KnownHashes
 from hydrafs.helper import Helper
 from hydrafs.identity import FileIdentity
@@ -60,7 +60,8 @@ class Place:
     """Where a path of the mount stands in the store.
 
     ``real`` is the file or folder, ``is_diff`` says what it is. ``listed`` is ``real`` by the name that is listed, diff
-    or not. ``departed`` is the open file that a deleted name stood for: ``real`` is its descriptor.
+    or not. ``departed`` is the open file that a deleted name stood for: ``real`` leads there by ``descriptor``, the
+    place's own, for the file may be closed at any time.
     """
 
     real: str
@@ -68,6 +69,7 @@ class Place:
     stat: os.stat_result
     listed: str
     departed: OpenFile | None = None
+    descriptor: Descriptor | None = None
 
 
 class StoreTree:
@@ -226,9 +228,15 @@ class StoreTree:
     def getattr(self, path: str) -> Attributes:
         """``lstat``: a diff is the model that it stands for; a name that is open is what it was opened as."""
         place = self.find(path)
-        if place.departed is not None:
-            found = place.departed.attributes()
-            return dataclasses.replace(found, nlink=0) if place.is_diff else found
+        while place.departed is not None:
+            try:
+                found = place.departed.attributes()
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                place = self.find(path)  # closed since it was found; another one may still be open
+            else:
+                return dataclasses.replace(found, nlink=0) if place.is_diff else found
         if stat.S_ISDIR(place.stat.st_mode):
             return plain_attributes(place.stat, self.directory_mtime(place))
         trailer = self.trailer(place) if place.is_diff else None
@@ -387,9 +395,13 @@ class StoreTree:
     def open_place(self, path: str, place: Place) -> OpenFile:
         """Open what was found for reading; see ``open``."""
         source: PlainFile | Rehydrated
+        known_as = place.real if place.departed is None else place.departed.real
+        fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC) if place.departed is not None else None
         try:
             if place.is_diff:
-                source = self.opener.open_diff(Path(place.real))
+                source = self.opener.open_diff(Path(known_as), fd)
+            elif fd is not None:
+                source = PlainFile(known_as, fd, os.O_RDONLY)
             else:
                 source = PlainFile.open(place.real, os.O_RDONLY)
         except HydraError as error:

@@ -71,9 +71,13 @@ class WritableTree(StoreTree):
         """See ``StoreTree.find``; a name that libfuse made up is the open file that it stands for."""
         self.departed.settle(path)
         if is_hidden_name(path):
-            file = self.departed.file(path)
-            if file is not None:
-                return _place_of(file)
+            while (file := self.departed.file(path)) is not None:
+                try:
+                    return _place_of(file)
+                except OSError as error:
+                    if error.errno != errno.ESTALE:
+                        raise
+                    self.departed.closed(file)  # meanwhile; another one may still be open
             if self.departed.was(path):
                 # Looked up before it was replaced, and not yet opened: at this the kernel looks up the name again.
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
@@ -209,6 +213,8 @@ class WritableTree(StoreTree):
             self._exchange(old, new)
             return
         real, place = self._new(new), self.find(old)
+        if place.departed is not None:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), old)
         folder = stat.S_ISDIR(place.stat.st_mode)
         shown = self.directory_mtime(place) if folder else 0
         rename_model(self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE)
@@ -276,13 +282,9 @@ class WritableTree(StoreTree):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
         if not flags & (os.O_ACCMODE | os.O_TRUNC):
             place = self.find(path)
-            if place.departed is None:
-                return self.open_place(path, place)
-            try:
-                opened = self.open_place(path, place)
-            except FileNotFoundError:  # closed since it was found
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path) from None
-            self.departed.join(path, opened)
+            opened = self.open_place(path, place)
+            if place.departed is not None:
+                self.departed.join(path, opened)
             return opened
         place, fd = self._open_to_write(path, flags & _KEPT_FLAGS, truncate=bool(flags & os.O_TRUNC))
         return self.opened(path, PlainFile(place.real, fd, flags & _KEPT_FLAGS), writes=True)
@@ -445,9 +447,10 @@ class WritableTree(StoreTree):
 
 
 def _place_of(file: OpenFile) -> Place:
-    """Where an open file stands, whatever became of its name."""
-    real = f"/proc/self/fd/{file.fd}"
-    return Place(real, not isinstance(file.source, PlainFile), file.stat(), real, file)
+    """Where an open file stands, whatever became of its name; ``OSError(ESTALE)`` once it is closed."""
+    descriptor, is_diff = file.duplicate()
+    real = f"/proc/self/fd/{descriptor.fd}"
+    return Place(real, is_diff, os.fstat(descriptor.fd), real, file, descriptor)
 
 
 def _is_at(fd: int, path: str) -> bool:

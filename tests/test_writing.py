@@ -540,6 +540,57 @@ def test_who_looked_a_name_up_before_it_was_replaced_opens_what_it_had(copied: C
     assert not [f for f in os.listdir("/proc/self/fd") if name in os.path.realpath(f"/proc/self/fd/{f}")]
 
 
+@pytest.mark.parametrize("name", ["base.safetensors", "half.safetensors"])
+def test_a_file_without_a_name_is_no_other_file_once_it_is_closed(copied: Copied, name: str) -> None:
+    """The kernel opens what it looked up while the last who had it open lets go of it, on another thread: its
+    descriptor has the number of another file then."""
+    store = copied("base.safetensors", "half.safetensors")
+    hidden, data = "/.fuse_hidden0123456789abcdef", store.originals[name].data
+    tree = WritableTree(store.root, 1 << 20)
+    tree.start()
+    others = []
+    try:
+        held = tree.open(f"/{name}", os.O_RDONLY)
+        tree.rename(f"/{name}", hidden)
+        tree.unlink(hidden)
+        place = tree.find(hidden)
+        held.close()
+        time.sleep(0.5)  # what is kept for who looked the name up before is let go of
+        assert errno_of(tree.find, hidden) == errno.ESTALE
+        others = [os.open(__file__, os.O_RDONLY) for _ in range(30)]
+        opened = tree.open_place(hidden, place)
+        got = bytearray(len(data) + 1)
+        assert opened.pread_into(0, memoryview(got)) == len(data)
+        assert got[:-1] == data
+        opened.close()
+        assert os.path.samestat(os.stat(place.real), place.stat)
+        assert errno_of(tree.rename, hidden, "/again") == errno.ESTALE
+    finally:
+        for fd in others:
+            os.close(fd)
+        tree.stop()
+    del place, held, opened
+    assert not [f for f in os.listdir("/proc/self/fd") if name in os.path.realpath(f"/proc/self/fd/{f}")]
+
+
+def test_a_file_that_was_closed_while_it_lost_its_name_answers_for_none(copied: Copied) -> None:
+    store = copied("base.safetensors", "half.safetensors")
+    hidden = "/.fuse_hidden0123456789abcdef"
+    tree = WritableTree(store.root, 1 << 20)
+    tree.start()
+    try:
+        closed, opened = (tree.open("/half.safetensors", os.O_RDONLY) for _ in range(2))
+        closed.close()
+        tree.departed.hide("/half.safetensors", hidden, [closed, opened], lambda: None)
+        assert tree.departed.file(hidden) is opened
+        tree.departed.join(hidden, closed)
+        assert tree.getattr(hidden).size == len(store.originals["half.safetensors"].data)
+        opened.close()
+        assert errno_of(tree.getattr, hidden) == errno_of(tree.open, hidden, os.O_RDONLY) == errno.ESTALE
+    finally:
+        tree.stop()
+
+
 def test_a_file_mapped_and_written_to(copied: Copied, mounted: Mounted) -> None:
     store = copied("base.safetensors")
     live = mounted(store)
