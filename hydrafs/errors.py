@@ -156,6 +156,12 @@ class Changing(HydraError):
     default_remedy = "try again when nothing writes to it"
 
 
+class StoreLocked(Changing):
+    """Another process holds the store's lock, and for longer than the caller may wait."""
+
+    default_remedy = "see which hydrafs command is running, or stopped, and let it end"
+
+
 def log_once(logger: logging.Logger, error: BaseException, line: str, *arguments: object) -> None:
     """Log ``line`` at ERROR unless a room nearer to the cause has logged ``error`` already: one failure, one line."""
     if not getattr(error, "hydrafs_logged", False):

@@ -41,6 +41,8 @@ _COPY_NBYTES = 8 << 20
 _SIDECAR_SECONDS = 1.0
 """How old the sizes of the parents may be when a file that is not called like a model is looked at."""
 _SETTLED_NS = 100_000_000
+_REMEMBER_SECONDS = 2.0
+"""A fact that is remembered without the lock may be forgotten sooner. A mount that ends does not wait for it."""
 
 
 def place_of(folder: Path, sha256: bytes, *, is_diff: bool) -> Path:
@@ -139,7 +141,7 @@ def remember(store: Store, path: Path, before: os.stat_result, sha256: bytes) ->
     with contextlib.ExitStack() as stack:
         # Whoever links holds the lock. A link in between would leave the fact with an identity that is no more.
         with contextlib.suppress(HydraError):  # a store that cannot be written to: nobody links there either
-            stack.enter_context(store.lock())
+            stack.enter_context(store.lock(_REMEMBER_SECONDS))
         now = os.stat(path)
         if not is_unchanged(before, now):
             return False

@@ -13,6 +13,7 @@ import os
 import secrets
 import stat as stat_module
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import tomli_w
 from hydrafs.catalog import Catalog
 from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
-from hydrafs.errors import AlreadyThere, NotFound, UsageError, from_oserror
+from hydrafs.errors import AlreadyThere, NotFound, StoreLocked, UsageError, from_oserror
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -36,6 +37,7 @@ _WRITE_BACK_NBYTES = 32 << 20
 TEMPORARY = ".hydrafs-tmp-"
 """How the names of files begin that are not there yet."""
 _MAX_LINKS = 40  # as path_resolution(7) has it
+_LOOK_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,8 @@ class Store:
     """The mount that a daemon serves, resolved: a link of the store may lead there, and the daemon must not follow."""
     always_protect: bool = False
     """``protect``, whatever the configuration says."""
+    lock_seconds: float | None = None
+    """How long ``lock`` waits where its caller does not say; None for as long as it takes."""
 
     def __init__(self, root: str | os.PathLike[str], *, create: bool = False) -> None:
         """Open the store at ``root``; ``create`` makes its ``.hydrafs`` folder.
@@ -357,18 +361,43 @@ class Store:
         return self.pinned
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the store's lock: one process at a time changes what the store says of itself. A crash lets go of it."""
+    def lock(self, seconds: float | None = None) -> Iterator[None]:
+        """Hold the store's lock: one process at a time changes what the store says of itself. A crash lets go of it.
+
+        Args:
+            seconds: how long to wait for who has it; None for ``lock_seconds``.
+
+        Raises:
+            StoreLocked: somebody had it for longer.
+            HydraError: the store cannot be written to.
+        """
+        seconds = self.lock_seconds if seconds is None else seconds
         try:
             self.private.mkdir(exist_ok=True)
             fd = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise from_oserror(error, "cannot lock the store", self.private) from error
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            if seconds is None:
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            else:
+                self._lock_within(fd, seconds)
             yield
         finally:
             os.close(fd)
+
+    def _lock_within(self, fd: int, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StoreLocked(
+                        "another process is changing the store", where=self.root, detail=f"for over {seconds:g} seconds"
+                    ) from None
+                time.sleep(_LOOK_SECONDS)
 
     # Names
 

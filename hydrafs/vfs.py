@@ -53,6 +53,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SETTLED_NS = 100_000_000
 """A folder changed less than this ago may change again within the same tick of its mtime."""
 _TRAILERS = 200_000
+_STORE_LOCK_SECONDS = 60.0
+"""How long a program waits for a command that has the store's lock and may be stopped; then it gets EBUSY."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class StoreTree:
         writable = os.access(self._root, os.W_OK)
         self.store = Store(self._root, create=writable)
         self.store.off_limits = self._mountpoint
+        self.store.lock_seconds = _STORE_LOCK_SECONDS
         if writable and not self.read_only:
             recover(self.store)
         self.store.always_protect = self._protect

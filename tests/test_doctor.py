@@ -261,6 +261,24 @@ class TestMemory:
     def test_those_above_count(self, tmp_path: Path) -> None:
         assert self.groups(tmp_path, a_b_max="max", a_max="4000") == 4000
 
+    def test_control_groups_of_version_1(self, tmp_path: Path) -> None:
+        (tmp_path / "cgroup").write_text("9:name=systemd:/\n4:cpu,memory:/docker/abc\n0::/\n")
+        groups = tmp_path / "g"
+        inside = groups / "memory" / "docker" / "abc"
+        inside.mkdir(parents=True)
+        (groups / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
+        assert limit_nbytes(tmp_path, groups) is None
+        (inside / "memory.limit_in_bytes").write_text("5000\n")
+        assert limit_nbytes(tmp_path, groups) == 5000
+        (groups / "memory.max").write_text("4000\n")
+        assert limit_nbytes(tmp_path, groups) == 4000, "of both, the lower"
+
+    def test_a_container_sees_its_own_group_as_the_root(self, tmp_path: Path) -> None:
+        (tmp_path / "cgroup").write_text("4:memory:/docker/abc\n")
+        (tmp_path / "g" / "memory").mkdir(parents=True)
+        (tmp_path / "g" / "memory" / "memory.limit_in_bytes").write_text("6000\n")
+        assert limit_nbytes(tmp_path, tmp_path / "g") == 6000
+
     def test_the_cache_fits(self) -> None:
         gib = 1 << 30
         assert fitting_cache(None, None) == fitting_cache(None, 100 * gib) == 4 * gib

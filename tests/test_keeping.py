@@ -152,6 +152,23 @@ class TestHolding:
         assert os.path.samestat(held.stat(), base.stat())
         assert keeping.is_proven(family.store, held, digest), "a file is what it is under each of its names"
 
+    def test_a_large_base_is_proved_though_the_lock_is_kept(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A stopped command has it: who unmounts does not wait for that."""
+        base = family.path("base.safetensors")
+        shutil.copy2(base, family.path("copy"))
+        os.replace(family.path("copy"), base)  # nothing is known of it
+        shutil.rmtree(family.store.held)
+        monkeypatch.setattr(opening, "HASHED_AT_OPEN_NBYTES", 0)
+        monkeypatch.setattr(keeping, "_REMEMBER_SECONDS", 0.1)
+        opener = Opener(family.store, ChunkCache(1 << 20), background=True)
+        with family.store.lock(), contextlib.closing(opener):
+            opener.open(family.store.locate(family.path("tuned0.safetensors"))).close()
+            assert eventually(
+                lambda: keeping.is_proven(family.store, base, sha256_of(family.originals["base.safetensors"]))
+            )
+
     def test_a_base_that_is_written_to_while_it_is_hashed_is_another(self, family: Family, models: ModelMaker) -> None:
         path = family.path("other.bin")
         path.write_bytes(os.urandom(1 << 20))

@@ -26,8 +26,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from mounts import Library, Mount, sha256_of
 from safetensors.torch import load_file, save_file
 
+from hydrafs import vfs
 from hydrafs.coherence import Claim, Names
 from hydrafs.departing import Departed
+from hydrafs.errors import StoreLocked
 from hydrafs.writing import WritableTree
 
 pytest_plugins = ["mounting_fixtures"]
@@ -479,6 +481,31 @@ def test_a_file_that_is_let_go_of_while_it_is_opened_again(
         assert not [fd for fd in Path("/proc/self/fd").iterdir() if os.path.realpath(fd) == str(store.root / name)]
     finally:
         tree.stop()
+
+
+def test_who_has_the_lock_of_the_store_and_keeps_it_hangs_no_program(
+    copied: Copied, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = copied("base.safetensors", "half.safetensors")
+    monkeypatch.setattr(vfs, "_STORE_LOCK_SECONDS", 0.2)
+    tree = WritableTree(store.root, 1 << 20)
+    tree.start()
+    try:
+        with tree.store.lock():
+            for call in (tree.unlink, lambda path: tree.rename(path, "/other"), lambda path: tree.truncate(path, 0)):
+                for name in ("/half.safetensors", "/base.safetensors"):
+                    with pytest.raises(StoreLocked, match="another process is changing the store") as caught:
+                        call(name)
+                    assert caught.value.errno == errno.EBUSY
+            opened = tree.open("/half.safetensors", os.O_RDONLY)
+            data = store.originals["half.safetensors"].data
+            got = bytearray(len(data))
+            assert opened.pread_into(0, memoryview(got)) == len(data)
+            assert got == data
+            opened.close()
+    finally:
+        tree.stop()
+    assert stored(store.root) == ["base.safetensors", "half.safetensors.hydra"]
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
