@@ -65,16 +65,25 @@ class AnyFuse:
         """Whether the program is installed."""
         return shutil.which(cls.COMMAND) is not None
 
-    def __init__(self, folder: Path, mountpoint: Path) -> None:
+    def __init__(self, folder: Path, mountpoint: Path, *, read_only: bool = True) -> None:
         self.mountpoint = mountpoint
         mountpoint.mkdir(parents=True, exist_ok=True)
         self._daemon = subprocess.Popen(
-            [self.COMMAND, "-f", "-o", "ro,kernel_cache", folder, mountpoint],
+            [self.COMMAND, "-f", "-o", self._options(read_only), folder, mountpoint],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
         _wait_for_mount(self._daemon, mountpoint, self.COMMAND)
+
+    def _options(self, read_only: bool) -> str:
+        if read_only:
+            return "ro,kernel_cache"
+        libraries = subprocess.run(
+            ["ldd", shutil.which(self.COMMAND) or ""], capture_output=True, text=True, check=False
+        )
+        # libfuse 2 writes page by page where it is not asked for more; libfuse 3 does not know the option.
+        return "kernel_cache" + (",big_writes" if "libfuse.so.2" in libraries.stdout else "")
 
     def __enter__(self) -> AnyFuse:
         return self

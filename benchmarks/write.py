@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.common import bench_folder, median, number, print_table, write_json
-from benchmarks.machine import Mount
+from benchmarks.machine import AnyFuse, Mount
 
 BLOCK = 1 << 20
 TO_REACH = 0.6
@@ -19,11 +20,13 @@ TO_REACH = 0.6
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One row: MB per second into the filesystem itself, and through the mount, the median of the runs."""
+    """One row: MB per second into the filesystem itself, through the mount, and through another FUSE filesystem where
+    one is installed; the median of the runs."""
 
     what: str
     direct: float
     mounted: float
+    any_fuse: float | None
 
 
 def write(path: Path, nbytes: int, block: int, *, sync: bool) -> float:
@@ -70,28 +73,39 @@ def main() -> None:
     rows = []
     try:
         (work / "store").mkdir()
-        with Mount(work / "store", work / "mount", cache_mib=64, read_only=False) as mount:
+        with contextlib.ExitStack() as stack:
+            mount = stack.enter_context(Mount(work / "store", work / "mount", cache_mib=64, read_only=False))
+            folders = [work / "store", mount.mountpoint]
+            if AnyFuse.is_there():
+                other = stack.enter_context(AnyFuse(work / "store", work / "other", read_only=False))
+                folders.append(other.mountpoint)
             for what, block, sync in cases:
-                speeds: tuple[list[float], list[float]] = ([], [])
+                speeds: list[list[float]] = [[] for _ in folders]
                 for _ in range(args.repeat):
-                    for found, folder in zip(speeds, (work / "store", mount.mountpoint), strict=True):
+                    for found, folder in zip(speeds, folders, strict=True):
                         found.append(write(folder / "written", args.size * 1_000_000, block, sync=sync))
                         await_absence(work / "store" / "written")
-                rows.append(Measured(what, median(speeds[0]), median(speeds[1])))
+                direct, mounted, *others = map(median, speeds)
+                rows.append(Measured(what, direct, mounted, others[0] if others else None))
         print_table(
             f"Writing {args.size:,} MB",
-            ["", "filesystem, MB/s", "mount, MB/s", "ratio", f"to reach {TO_REACH}"],
+            [
+                "", "filesystem, MB/s", "mount, MB/s", "ratio", f"to reach {TO_REACH}", f"{AnyFuse.COMMAND}, MB/s",
+                f"mount/{AnyFuse.COMMAND}",
+            ],
             [
                 [
                     row.what, number(row.direct, 0), number(row.mounted, 0), number(row.mounted / row.direct, 2),
                     "met" if row.mounted >= TO_REACH * row.direct else "NOT met",
+                    *(("-", "-") if row.any_fuse is None else
+                      (number(row.any_fuse, 0), number(row.mounted / row.any_fuse, 2))),
                 ]
                 for row in rows
             ],
         )  # fmt: skip
         write_json(args.json, [asdict(row) for row in rows])
     finally:
-        if not (work / "mount").is_mount():
+        if not any((work / name).is_mount() for name in ("mount", "other")):
             shutil.rmtree(work, ignore_errors=True)
 
 
