@@ -10,10 +10,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hydrafs.covered import catalogs_folder
+from hydrafs.logs import Style
 
 __all__ = ["Helper"]
 
@@ -40,7 +42,8 @@ class Helper:
     Args:
         root: the store, by the name that people know.
         given: fields of ``hydrafs.policy.Policy`` that go before the store's configuration.
-        log_path: where it logs to; nowhere by default.
+        log_path: where it logs to; by default to what stderr is when it starts, or was at ``remember_stderr``.
+        style: what it logs, and how.
         off_limits: where the store is mounted: what leads there is no model of the store.
     """
 
@@ -50,17 +53,24 @@ class Helper:
         given: Mapping[str, Any],
         log_path: str | os.PathLike[str] | None = None,
         *,
+        style: Style | None = None,
         off_limits: Path | None = None,
     ) -> None:
         self._order: dict[str, Any] = {
             "root": os.fspath(root),
             "given": dict(given),
             "log": os.fspath(log_path) if log_path else None,
+            "style": asdict(style or Style()),
             "off_limits": os.fspath(off_limits) if off_limits else None,
         }
+        self._stderr: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
+
+    def remember_stderr(self) -> None:
+        """Give it what stderr is now: while a mount is made, stderr is where libfuse is listened to."""
+        self._stderr = os.dup(2)
 
     def start(self, covered: int = -1) -> None:
         """Start it; returns at once.
@@ -104,6 +114,7 @@ class Helper:
             [sys.executable, "-c", _CHILD],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            stderr=self._stderr,
             start_new_session=True,
             pass_fds=(covered,) if covered >= 0 else (),
         )

@@ -36,6 +36,7 @@ from hydrafs.errors import Changing, HydraError, printable
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import plain_text
 from hydrafs.leases import Lease
+from hydrafs.logs import Style, log_to
 from hydrafs.looking import watched
 from hydrafs.needs import needs
 from hydrafs.policy import Policy
@@ -329,11 +330,7 @@ def run_order(order: Mapping[str, Any]) -> None:
         if order["catalogs"]:
             covered.keep_catalogs_in(Path(order["catalogs"]))
         root = descriptor
-    logging.basicConfig(
-        filename=covered.reached(order["log"]) if order["log"] else os.devnull,
-        level=logging.WARNING,
-        format="%(asctime)s hydrafs: worker: %(levelname)s: %(message)s",
-    )
+    log_to(covered.reached(order["log"]) if order["log"] else sys.stderr, Style(**order["style"]), "hydrafs: worker")
     off_limits = Path(order["off_limits"]) if order["off_limits"] else None
     run(Path(root), order["given"], end=lambda: sys.stdin.buffer.read(1), off_limits=off_limits)
     logging.shutdown()

@@ -86,7 +86,11 @@ def page(
     if command is not mount_helper:
         lines += [".SH ENVIRONMENT", ".TP", "\\fBHYDRAFS_FUSE\\fR"]
         lines += [roff("The binding that mounts: mfusepy or fusepy. Default: the first that works.")]
-        lines += [".TP", "\\fBHYDRAFS_LOG_LEVEL\\fR", roff("What a mount logs: debug, info, warning (default), error.")]
+        lines += [
+            ".TP",
+            "\\fBHYDRAFS_LOG_LEVEL\\fR",
+            roff("What a mount and watch log: debug, info (default), warning, error."),
+        ]
     lines += [".SH EXIT STATUS", *_codes(codes), ".SH SEE ALSO"]
     others = ["hydrafs\\-mount(1)", "hydrafs\\-doctor(1)", "mount.hydrafs(8)"]
     lines.append(", ".join(o for o in ["hydrafs(1)", *others] if roff(title) + "(" not in o))

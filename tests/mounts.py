@@ -132,7 +132,9 @@ class Mount:
         return self
 
     def log(self) -> list[str]:
-        return self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        """What the daemon and its worker logged, besides what they only tell that they did."""
+        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        return [line for line in lines if ": INFO: " not in line]
 
     def logged(self, *patterns: str) -> str:
         """The first line of the daemon's log that has all the patterns in it; waits for it."""

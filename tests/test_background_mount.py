@@ -16,6 +16,8 @@ from mounts import BELIEVED_SECONDS, Library, Mount, eventually, hydrafs, sha256
 from safetensors.torch import load_file
 from test_tending import used_nbytes
 
+from hydrafs.errors import printable
+
 pytest_plugins = ["mounting_fixtures"]
 pytestmark = pytest.mark.fuse
 
@@ -25,7 +27,7 @@ BACKGROUND = ("--dehydrate", "auto", "--settle", "0.5", "--min-size", "1k")
 
 def empty(tmp_path: Path) -> Library:
     root = tmp_path / "store"
-    root.mkdir()
+    root.mkdir(parents=True)
     return Library(root, {})
 
 
@@ -75,6 +77,45 @@ def test_what_lands_in_the_mount_is_dehydrated_and_nobody_notices(
     assert sha256_of(path) == expected
     assert eventually(is_dehydrated(path))
     assert sha256_of(path) == expected
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_log_says_what_was_done(tmp_path: Path, models: ModelMaker, binding: str, in_place: bool) -> None:
+    """By who serves and by who dehydrates: one file, one look of the lines, the names that people know."""
+    root = empty(tmp_path / "of\nmodels").root if not in_place else empty(tmp_path).root
+    models.save(root / "base.safetensors", models.base("fp16"))
+    assert hydrafs("bases", root, "--pin", "base.safetensors").returncode == 0
+    point, log = root if in_place else tmp_path / "mount", tmp_path / "log"
+    point.mkdir(exist_ok=True)
+    where = [root] if in_place else [root, point]
+    for style in ("json", "text"):
+        log.unlink(missing_ok=True)
+        done = hydrafs("mount", *where, *BACKGROUND, "--log-format", style, "--log-file", log, HYDRAFS_FUSE=binding)
+        assert (done.returncode, done.stderr) == (0, "")
+        try:
+            path = models.save(point / f"{style}.safetensors", models.tuned("fp16"))
+            size = path.stat().st_size
+            assert eventually(is_dehydrated(path))
+        finally:
+            assert hydrafs("umount", point).returncode == 0
+        stored = (root / f"{style}.safetensors.hydra").stat().st_size
+        expected = [
+            ("hydrafs.service.running", f"{root} is mounted at {point}"),
+            ("hydrafs.worker", f"{root}/{path.name}: {size} -> {stored} bytes"),
+            ("hydrafs.daemon", f"{point} is unmounted (libfuse: 0)"),
+        ]
+        assert eventually(lambda: "is unmounted" in log.read_text())
+        lines = log.read_text().splitlines()
+        if style == "json":
+            facts = [json.loads(line) for line in lines]
+            assert [(fact["logger"], fact["message"]) for fact in facts] == expected
+            assert {fact["level"] for fact in facts} == {"info"}
+        else:
+            for line, (who, text) in zip(lines, expected, strict=True):
+                assert line.endswith(
+                    ("hydrafs: worker: " if "worker" in who else "hydrafs: ") + f"INFO: {printable(text)}"
+                )
+                assert line[:10].replace("-", "").isdigit(), "when"
 
 
 def test_delete_of_a_base_with_three_dependents(tmp_path: Path, models: ModelMaker, mounted: Mounted) -> None:

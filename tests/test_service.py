@@ -124,6 +124,7 @@ class TestControl:
 
     def test_the_log_level(self, run: Run, mounted: Path) -> None:
         good(run("control", mounted, "log-level", "debug"))
+        good(run("control", mounted, "log-level", "INFO"))
         bad(run("control", mounted, "log-level", "loud"), 2, "choose one of debug, info, warning, error")
 
     def test_prefetch(self, run: Run, mounted: Path, filled: Filled) -> None:
@@ -136,6 +137,10 @@ class TestControl:
         while not was_read() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert was_read()
+        path = mounted / "tuned.safetensors"
+        for name in (path, os.path.relpath(path), "/tuned.safetensors"):
+            assert good(run("control", mounted, "prefetch", name, "--json")).json == {"path": "/tuned.safetensors"}
+        bad(run("control", mounted, "prefetch", filled.base), 2, "no such model")
         bad(run("control", mounted, "prefetch", "../nothing"), 2, "no such model")
         bad(run("control", mounted, "prefetch", "."), 2, "not a model")
         bad(run("control", mounted, "prefetch"), 2, "a value is missing")
@@ -379,7 +384,7 @@ def test_a_cache_that_is_resized() -> None:
 
 def test_json_lines(tmp_path: Path) -> None:
     code = (
-        "import logging; from hydrafs.cli.common import log_to_stderr; log_to_stderr(as_json=True); "
+        "import logging, sys; from hydrafs.logs import Style, log_to; log_to(sys.stderr, Style(as_json=True)); "
         "logging.getLogger('hydrafs.x').error('a\\nb %s', 'ü'); logging.getLogger('hydrafs').info('quiet')"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

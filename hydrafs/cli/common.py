@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import click
 
 from hydrafs.covered import cover, keep_catalogs_in, shown
 from hydrafs.errors import NotFound, UsageError, printable
+from hydrafs.logs import Style
 from hydrafs.mountpoints import our_mounts, resolve
 from hydrafs.service.control import ask, runtime_folders
 from hydrafs.store import ModelEntry, Store, find_root
@@ -23,6 +23,9 @@ from hydrafs.store import ModelEntry, Store, find_root
 _XATTR_PATH = "user.hydrafs.path"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+log_format_option = click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", help="How the log's lines look."
+)
 jobs_option = click.option(
     "--jobs", "-j", type=click.IntRange(1, 256), default=None, help="Threads that code (default: one per core)."
 )
@@ -173,35 +176,22 @@ def progress_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
         yield lambda nbytes: progress.advance(task, nbytes)
 
 
-class _JsonLines(logging.Formatter):
-    """A log record as one line of JSON: what a journal or a collector takes apart."""
+def service_log(*, as_json: bool = False, to_file: bool = False) -> Style:
+    """How a service logs: by default what it does, each line with its time unless the journal notes that.
 
-    def format(self, record: logging.LogRecord) -> str:
-        """The line."""
-        facts: dict[str, Any] = {
-            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            facts["exception"] = self.formatException(record.exc_info)
-        return shown(json.dumps(facts))
-
-
-def log_to_stderr(level: int = logging.WARNING, *, with_time: bool = False, as_json: bool = False) -> None:
-    """Let the rooms' log lines be seen by whoever runs a command or a service in the foreground."""
-    stamp = "%(asctime)s " if with_time else ""
-    logging.basicConfig(level=level, stream=sys.stderr)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_JsonLines() if as_json else _Named(stamp + "hydrafs: %(levelname)s: %(message)s"))
-
-
-class _Named(logging.Formatter):
-    """Names the files of a store that is mounted over itself as people know them."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+    Args:
+        as_json: see ``hydrafs.logs.Style``.
+        to_file: whether what is stderr now will be a file.
+    """
+    level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "INFO").upper())
+    stat = os.fstat(2)
+    is_journal = os.environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"  # systemd.exec(5)
+    return Style(
+        level if isinstance(level, int) else logging.INFO,
+        with_time=to_file or not is_journal,
+        as_json=as_json,
+        seldom=True,
+    )
 
 
 def mounts_of(mountpoint: str | os.PathLike[str] | None) -> list[Path]:

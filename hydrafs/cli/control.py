@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import click
 
 from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, parse_nbytes, print_json, say
 from hydrafs.errors import UsageError
+from hydrafs.mountpoints import resolve
 
 _ACTIONS = ("cache-size", "drop", "log-level", "pause", "prefetch", "reload", "resume")
 
@@ -19,19 +22,19 @@ _ACTIONS = ("cache-size", "drop", "log-level", "pause", "prefetch", "reload", "r
 @json_option
 def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> None:
     """Tell the daemon of MOUNTPOINT: cache-size SIZE, drop (what it keeps decoded), log-level debug|info|warning|error,
-    prefetch MODEL (by its path in the mount), reload (the store's config.toml), pause and
+    prefetch MODEL (a file of the mount, or its path in there), reload (the store's config.toml), pause and
     resume (the worker that dehydrates)."""
     request: dict[str, Any] = {}
+    (point,) = mounts_of(mountpoint)
     if action in ("cache-size", "log-level", "prefetch"):
         if value is None:
             raise UsageError("a value is missing", where=action, remedy="hydrafs control --help tells which")
         if action == "prefetch":
-            request = {"path": value}
+            request = {"path": os.fspath(_in_mount(Path(value), point))}
         else:
             request = {"nbytes": parse_nbytes(value)} if action == "cache-size" else {"level": value}
     elif value is not None:
         raise UsageError("a value that is not wanted", where=action, detail=value)
-    (point,) = mounts_of(mountpoint)
     answer = ask_daemon(point, action, **request)
     if as_json:
         print_json(answer)
@@ -47,3 +50,9 @@ def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> N
         say("the worker pauses until it is told to resume" if answer["paused"] else "the worker goes on")
     else:
         say(f"{action}: done")
+
+
+def _in_mount(path: Path, point: Path) -> Path:
+    """What a person calls a model: by a path that leads into the mount from here, or by its path in the mount."""
+    resolved = resolve(path.expanduser())
+    return resolved.relative_to(point) if resolved.is_relative_to(point) and resolved.exists() else path

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
+import sys
 from pathlib import Path
 
 import click
 
 from hydrafs.cli.background import policy_given, policy_options
-from hydrafs.cli.common import catalogs, log_to_stderr, open_store, parse_nbytes
+from hydrafs.cli.common import catalogs, log_format_option, open_store, parse_nbytes, service_log
 from hydrafs.covered import keep_catalogs_in
 from hydrafs.helper import Helper
+from hydrafs.logs import log_to
 from hydrafs.mounting import mount, parse_options
 from hydrafs.mountpoints import MountInfo, check_mountpoint, clear_stale, resolve
 from hydrafs.policy import Policy
@@ -28,26 +29,6 @@ log = logging.getLogger("hydrafs.cli.mount")
 _CACHE_HELP = """Decoded tensors to keep; auto for three quarters of the memory that this service or container may
 have [default: 4G, less where that is less]."""
 _DEFAULT_LOG = "the store's .hydrafs/mount.log, else ~/.local/state/hydrafs/mount.log"
-_SILENCE_SECONDS = 60.0
-_REMEMBERED_LINES = 1000
-
-
-class _Repeats(logging.Filter):
-    """Lets a line through once a minute: a WebUI that lists a broken model asks for it at every listing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._last: dict[str, float] = {}
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is to be written."""
-        line, now = record.getMessage(), time.monotonic()
-        if now - self._last.get(line, -_SILENCE_SECONDS) < _SILENCE_SECONDS:
-            return False
-        if len(self._last) >= _REMEMBERED_LINES:
-            self._last.clear()
-        self._last[line] = now
-        return True
 
 
 def _default_log(private: Path) -> str | None:
@@ -76,7 +57,7 @@ def _default_log(private: Path) -> str | None:
 @click.option("--protect", is_flag=True, help="Let dehydrated models not be removed or renamed (EPERM).")
 @policy_options
 @click.option("--log-file", metavar="PATH", help=f"Where the daemon logs to [default: {_DEFAULT_LOG}].")
-@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", help="How the log's lines look.")
+@log_format_option
 @click.option("--metrics-address", metavar="HOST:PORT", help="Serve Prometheus metrics there.")
 @click.option("--warm", is_flag=True, help="Read what was opened lately into the kernel's cache once mounted.")
 def command(
@@ -102,11 +83,8 @@ def command(
     Models that have been closed and quiet for a while are dehydrated in the background, unless the mount is read-only
     or --dehydrate is off. Returns when the mount answers; with --foreground, when it is taken down.
     """
-    level = logging.getLevelName(os.environ.get("HYDRAFS_LOG_LEVEL", "WARNING").upper())
-    as_json = log_format == "json"
-    log_to_stderr(level if isinstance(level, int) else logging.WARNING, with_time=True, as_json=as_json)
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_Repeats())
+    style = service_log(as_json=log_format == "json", to_file=bool(log_file) or not foreground)
+    log_to(sys.stderr, style)
     point = resolve(mountpoint if mountpoint is not None else Path(store).expanduser())
     if mountpoint is None:
         # Before the store is looked at: that would be looking at what is mounted there now.
@@ -126,7 +104,7 @@ def command(
 
     helper = None
     if not parsed.read_only and os.access(root, os.W_OK):
-        helper = Helper(root, given, log_path or private / "worker.log", off_limits=point)
+        helper = Helper(root, given, style=style, off_limits=point)
     in_place = point == root
     if in_place:
         keep_catalogs_in(catalogs())
@@ -147,6 +125,8 @@ def command(
         from hydrafs.writing import WritableTree  # noqa: PLC0415
 
         tune_allocator()
+        if helper is not None:
+            helper.remember_stderr()
         kind = StoreTree if parsed.read_only else WritableTree
         tree = kind(root, nbytes, point, helper=helper, protect=protect)
         served.append(Served(tree, point, settings))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import signal
+import sys
 import threading
 
 import click
 
 from hydrafs.cli.background import policy_given, policy_options
-from hydrafs.cli.common import log_to_stderr, real_path
+from hydrafs.cli.common import log_format_option, real_path, service_log
+from hydrafs.logs import log_to
 from hydrafs.worker import run
 
 
 @click.command("watch", short_help="Dehydrate what lands in a store, in the background.")
 @click.argument("store", metavar="STORE")
 @policy_options
+@log_format_option
 def command(
     store: str,
     dehydrate: str | None,
@@ -23,13 +25,14 @@ def command(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     min_size: str | None,
+    log_format: str,
 ) -> None:
     """Dehydrate the models of STORE that have been closed and quiet for a while, one at a time, until it is ended.
 
     A mount does this by itself; this is for a process of its own. Where both run on one store, one of them waits. The
     options go before the store's configuration, the table [worker] in .hydrafs/config.toml.
     """
-    log_to_stderr(logging.INFO, with_time=True)
+    log_to(sys.stderr, service_log(as_json=log_format == "json"))
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: ended.set())

@@ -107,6 +107,7 @@ class Served(Observed):
         if self._hangups >= 0:
             threading.Thread(target=self._await_hangups, name="hydrafs-reload", daemon=True).start()
         self.notifier.keep_alive(self._status_line, self._is_alive)
+        log.info("%s is mounted at %s", self.tree.store.root, self._mountpoint)
 
     def ready(self) -> None:
         """Tell the supervisor that the mount answers."""
@@ -201,7 +202,7 @@ class Served(Observed):
         return {"budget_nbytes": self.tree.cache.budget_nbytes}
 
     def _prefetch(self, request: dict[str, Any]) -> dict[str, str]:
-        path = os.path.normpath(f"/{request.get('path', '')}")
+        path = "/" + os.path.normpath(f"/{request.get('path', '')}").lstrip("/")
         try:
             attributes = self.tree.getattr(path)
         except OSError as error:
@@ -219,7 +220,7 @@ class Served(Observed):
         return {"paused": on}
 
     def _log_level(self, request: dict[str, Any]) -> dict[str, str]:
-        level = str(request.get("level"))
+        level = str(request.get("level")).lower()
         if level not in _LEVELS:
             raise UsageError("no such log level", where=level, remedy=f"choose one of {', '.join(_LEVELS)}")
         logging.getLogger().setLevel(level.upper())
