@@ -18,7 +18,8 @@ from hydrafs.identity import is_unchanged
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import Rehydrated
-from hydrafs.store import ModelEntry, Store, TemporaryFile
+from hydrafs.store import ModelEntry, Store
+from hydrafs.temporary import TemporaryFile
 
 __all__ = ["copy_ownership", "disk_errors", "hold", "keep_parents", "may_go", "unchanged"]
 

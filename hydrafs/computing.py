@@ -37,7 +37,8 @@ from hydrafs.plan import DEFAULT_CHUNK_NBYTES, make_plan
 from hydrafs.recipes import Part, Recipe, elements_of
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.restore import prove
-from hydrafs.store import ModelEntry, Store, TemporaryFile, is_private
+from hydrafs.store import ModelEntry, Store, is_private
+from hydrafs.temporary import TemporaryFile
 from hydrafs.version import __version__
 
 _BLOCK_NBYTES = 4 << 20

@@ -39,7 +39,8 @@ from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.replacing import Original
 from hydrafs.restore import prove
-from hydrafs.store import ModelEntry, Store, TemporaryFile, trailer_of
+from hydrafs.store import ModelEntry, Store, trailer_of
+from hydrafs.temporary import TemporaryFile
 from hydrafs.version import __version__
 
 MUST_SHRINK_BY = 0.05

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile
 
 __all__ = ["Entry", "is_file", "pending", "write"]
 

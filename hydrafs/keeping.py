@@ -28,7 +28,8 @@ from hydrafs.identity import FileIdentity, is_unchanged, probe
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.needs import Need, needs
-from hydrafs.store import TEMPORARY, Store, TemporaryFile, fsync_folder, looks_like_model, trailer_of
+from hydrafs.store import Store, looks_like_model, trailer_of
+from hydrafs.temporary import TEMPORARY, TemporaryFile, fsync_folder
 
 __all__ = ["KeptLinks", "before_overwrite", "carried", "diff_of", "drop", "hold", "is_parent", "is_proven",
            "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of", "remember", "remove_diff",

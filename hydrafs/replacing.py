@@ -22,7 +22,8 @@ from hydrafs import journal, renaming
 from hydrafs.errors import Changing, HydraError, from_oserror
 from hydrafs.keeping import diff_of, drop, lstat, standing
 from hydrafs.leases import Lease
-from hydrafs.store import PRIVATE, Store, TemporaryFile, fsync_folder
+from hydrafs.store import PRIVATE, Store
+from hydrafs.temporary import TemporaryFile, fsync_folder, remove_leftovers
 
 __all__ = ["Original", "recover", "take_name"]
 
@@ -227,4 +228,4 @@ def recover(store: Store) -> None:
                 continue
             entry.end()
         for folder in (store.private, store.held, store.retired):
-            store.remove_leftovers(folder)
+            remove_leftovers(folder)

@@ -20,7 +20,8 @@ from hydrafs.changes import Part, Sample, sample
 from hydrafs.errors import HydraError
 from hydrafs.family import Member, condensed, family_of, in_order
 from hydrafs.opening import Opener
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile
 
 MAX_HEAT_MAPS = 24
 MAX_BARS = 30

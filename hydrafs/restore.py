@@ -31,7 +31,8 @@ from hydrafs.prefetch import Prefetch, in_order
 from hydrafs.readahead import DecodePool, Reader
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.replacing import take_name
-from hydrafs.store import ModelEntry, Store, TemporaryFile, listed_name
+from hydrafs.store import ModelEntry, Store, listed_name
+from hydrafs.temporary import TemporaryFile
 
 Progress = Callable[[int], None]
 _READ_NBYTES = 1 << 20

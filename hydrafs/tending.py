@@ -23,7 +23,8 @@ from hydrafs.errors import HydraError, from_oserror
 from hydrafs.needs import Need, diffs, kept_diffs, needs, record_of
 from hydrafs.opening import Opener
 from hydrafs.restore import prove, rehydrate
-from hydrafs.store import PRIVATE, TEMPORARY, ModelEntry, Store, fsync_folder, is_private, trailer_of
+from hydrafs.store import PRIVATE, ModelEntry, Store, is_private, trailer_of
+from hydrafs.temporary import TEMPORARY, fsync_folder, remove_leftovers
 
 __all__ = ["Collected", "Rehomed", "Removed", "collect", "hold_parents", "rehome", "start"]
 
@@ -40,7 +41,7 @@ def start(store: Store) -> None:
     for current, folders, names in os.walk(store.root):
         folders[:] = [f for f in folders if not is_private(f)]
         if any(name.startswith(TEMPORARY) for name in names):
-            store.remove_leftovers(Path(current))
+            remove_leftovers(Path(current))
 
 
 # Holding

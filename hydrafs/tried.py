@@ -14,7 +14,8 @@ import msgspec
 
 from hydrafs.errors import HydraError
 from hydrafs.identity import FileIdentity
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile
 
 __all__ = ["Tried"]
 

@@ -28,7 +28,8 @@ from hydrafs.hashing import KnownHashes, keep_block
 from hydrafs.layout import ByteSource
 from hydrafs.mountpoints import our_mounts
 from hydrafs.opening import Opener
-from hydrafs.store import ModelEntry, Store, TemporaryFile, is_private, listed_name, trailer_of
+from hydrafs.store import ModelEntry, Store, is_private, listed_name, trailer_of
+from hydrafs.temporary import TemporaryFile
 
 Kind = Literal["a1111", "forge", "sdnext"]
 Entries = dict[str, dict[str, dict[str, Any]]]

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import msgspec
 
-from hydrafs.store import TEMPORARY, Store
+from hydrafs.store import Store
+from hydrafs.temporary import TEMPORARY
 
 __all__ = ["PAUSED", "STATES", "Work", "alone", "is_paused", "pause", "tell", "told"]
 

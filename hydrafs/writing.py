@@ -29,7 +29,8 @@ from hydrafs.keeping import before_overwrite, remove_model
 from hydrafs.renaming import rename_model
 from hydrafs.replacing import recover, take_name
 from hydrafs.restore import carry_over, change_attributes, rehydrate
-from hydrafs.store import ModelEntry, TemporaryFile, fsync_folder, is_private
+from hydrafs.store import ModelEntry, is_private
+from hydrafs.temporary import TemporaryFile, fsync_folder, remove_leftovers
 from hydrafs.vfs import XATTR_HASH, XATTR_PREFIX, Place, StoreTree
 
 log = logging.getLogger("hydrafs.vfs")
@@ -172,7 +173,7 @@ class WritableTree(StoreTree):
             if error.errno != errno.ENOTEMPTY or self.members(real):
                 raise
             recover(self.store)
-            self.store.remove_leftovers(Path(real))
+            remove_leftovers(Path(real))
             os.rmdir(real)
         self.touched(os.path.dirname(real))
         self.names.forget(path)

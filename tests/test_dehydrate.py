@@ -41,7 +41,8 @@ from hydrafs.errors import (
 from hydrafs.manifest import PREDICTION_NONE, PREDICTION_SAME, SELF, Manifest, SpanRecord
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.restore import prove, rehydrate, uncompress
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile, remove_leftovers
 
 OPTIONS = Options(jobs=2, chunk_nbytes=32 << 10)
 DTYPES = ["fp32", "fp16", "bf16"]
@@ -700,7 +701,8 @@ from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import DiffWriter
 from hydrafs.errors import HydraError
 from hydrafs.replacing import recover
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile, remove_leftovers
 
 # A payload lies in a buffer, and any write may be the one that takes it to the disk.
 append = DiffWriter.append
@@ -712,7 +714,7 @@ DiffWriter.finish = step(DiffWriter.finish)
 
 with contextlib.closing(Store(root, create=True)) as store:
     recover(store)
-    store.remove_leftovers(Path(root))
+    remove_leftovers(Path(root))
     armed = True
     try:
         outcome = dehydrate(store, Path(model), Options(jobs=1, chunk_nbytes=32 << 10))
@@ -805,9 +807,9 @@ def test_every_single_operation(filled: Filled, mode: str) -> None:
 
 
 def test_leftovers_of_the_living_are_left_alone(store: Path) -> None:
-    with contextlib.closing(Store(store, create=True)) as opened, TemporaryFile(store) as temporary:
+    with contextlib.closing(Store(store, create=True)), TemporaryFile(store) as temporary:
         (store / ".hydrafs-tmp-0123456789abcdef").write_bytes(b"half a diff")
-        assert opened.remove_leftovers(store) == 1
+        assert remove_leftovers(store) == 1
         assert temporary.path.exists()
         temporary.file.write(b"x")
         temporary.commit(store / "x")

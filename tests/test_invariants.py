@@ -29,7 +29,8 @@ from test_rooms import ROOMS
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.errors import HydraError, ParentUnavailable
 from hydrafs.mountpoints import unmount
-from hydrafs.store import Store, TemporaryFile
+from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile
 from hydrafs.vfs import StoreTree
 
 pytest_plugins = ["mounting_fixtures"]

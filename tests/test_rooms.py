@@ -12,13 +12,13 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "covered", "allocator", "errors", "logs", "dtypes", "attributes", "cache", "layout", "identity",
     "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff",
-    "composition", "catalog", "store", "journal", "needs", "keeping", "renaming", "leases", "replacing", "basehash",
-    "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases", "merging", "assigning",
-    "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore", "committing", "dehydrate",
-    "tending", "activity", "policy", "looking", "working", "tried", "worker", "helper", "seed", "recipes",
-    "arithmetic", "computing", "hashing", "coherence", "handles", "vfs", "departing", "writing", "libfuse",
-    "callbacks", "fusewriting", "fuse", "mountpoints", "webui", "mountoptions", "daemon", "mounting", "service",
-    "anatomy", "changes", "family", "pictures", "report", "api", "cli",
+    "composition", "catalog", "temporary", "store", "journal", "needs", "keeping", "renaming", "leases",
+    "replacing", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",
+    "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
+    "committing", "dehydrate", "tending", "activity", "policy", "looking", "working", "tried", "worker", "helper",
+    "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "handles", "vfs", "departing", "writing",
+    "libfuse", "callbacks", "fusewriting", "fuse", "mountpoints", "webui", "mountoptions", "daemon", "mounting",
+    "service", "anatomy", "changes", "family", "pictures", "report", "api", "cli",
 ]  # fmt: skip
 """Each imports only from those before it. A new room is put where it belongs, and nowhere else."""
 

@@ -14,15 +14,8 @@ from conftest import Filled
 
 from hydrafs.errors import AlreadyThere, HydraError, NotFound, UsageError
 from hydrafs.needs import needs
-from hydrafs.store import (
-    ModelEntry,
-    Store,
-    TemporaryFile,
-    find_root,
-    is_private,
-    listed_name,
-    looks_like_model,
-)
+from hydrafs.store import ModelEntry, Store, find_root, is_private, listed_name, looks_like_model
+from hydrafs.temporary import TemporaryFile, remove_leftovers
 
 
 @pytest.fixture
@@ -306,9 +299,9 @@ def test_leftovers_are_told_from_files_in_use(store: Path, opened: Store) -> Non
     touch(store / ".hydrafs-tmp-dead2")
     touch(store / "x.ckpt")
     with TemporaryFile(store) as living:
-        assert opened.remove_leftovers(store) == 2
+        assert remove_leftovers(store) == 2
         assert living.path.exists()
-    assert opened.remove_leftovers(store) == 0
+    assert remove_leftovers(store) == 0
     assert (store / "x.ckpt").exists()
 
 
@@ -323,7 +316,7 @@ def test_leftovers_that_may_not_be_written_to(store: Path, opened: Store, monkey
 
     touch(store / ".hydrafs-tmp-dead")
     monkeypatch.setattr(os, "open", refuse)
-    assert opened.remove_leftovers(store) == 1
+    assert remove_leftovers(store) == 1
 
 
 def test_the_lock_is_held_by_one_at_a_time(opened: Store) -> None:

@@ -26,6 +26,7 @@ from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
 from hydrafs.errors import HydraError, UsageError
 from hydrafs.replacing import recover
 from hydrafs.store import Store, find_root
+from hydrafs.temporary import remove_leftovers
 
 
 @click.command("dehydrate", short_help="Turn models into small diffs.")
@@ -102,7 +103,7 @@ def _one(
     store = Store(root, create=True)
     with contextlib.closing(store), contextlib.ExitStack() as stack:
         recover(store)
-        store.remove_leftovers(target)
+        remove_leftovers(target)
         bars: dict[Stage, Callable[[int], None]] = {}
         titles = {"hash": "hashing the base", "encode": f"dehydrating {path.name}", "prove": f"proving {path.name}"}
 

@@ -26,7 +26,7 @@ from hydrafs.opening import Opener
 from hydrafs.seed.plan import Dehydrated, dehydrated
 from hydrafs.seed.states import read_state
 from hydrafs.seed.writer import write_compressed, write_plain
-from hydrafs.store import TemporaryFile, fsync_folder
+from hydrafs.temporary import TemporaryFile, fsync_folder
 
 _CACHE_NBYTES = 96 << 20
 

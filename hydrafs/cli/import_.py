@@ -30,7 +30,8 @@ from hydrafs.seed import checkpoint
 from hydrafs.seed.plan import Item, hydrated
 from hydrafs.seed.reader import limit_for, open_diff
 from hydrafs.seed.states import State, read_state
-from hydrafs.store import Store, TemporaryFile, find_root
+from hydrafs.store import Store, find_root
+from hydrafs.temporary import TemporaryFile, remove_leftovers
 
 _BASE_CACHE_NBYTES = 96 << 20
 
@@ -53,7 +54,7 @@ def command(legacy: str, base: str, folder: str | None, name: str | None, jobs: 
     root = find_root(target.parent) or target.parent
     with contextlib.closing(Store(root, create=True)) as store:
         recover(store)
-        store.remove_leftovers(target.parent)
+        remove_leftovers(target.parent)
         for taken in (target, target.with_name(target.name + SUFFIX)):
             if os.path.lexists(taken):
                 raise AlreadyThere("a model of that name exists", where=taken, remedy="name another with --name")

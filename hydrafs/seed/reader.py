@@ -19,7 +19,7 @@ from hydrafs.dtypes import BY_STORAGE_NAME, BY_TORCH_NAME
 from hydrafs.errors import BadModel, UsageError, from_oserror
 from hydrafs.layout import ByteSource, FileSource
 from hydrafs.seed.states import Places, State, mapping, read_state, resolve
-from hydrafs.store import TemporaryFile
+from hydrafs.temporary import TemporaryFile
 
 BZ2_SIGNATURE = b"BZh"
 _PICKLE_SIGNATURE = b"\x80"

@@ -29,7 +29,7 @@ from hydrafs.service.metrics import serve_metrics
 from hydrafs.service.notify import Notifier
 from hydrafs.service.observing import LastErrors, Observed
 from hydrafs.service.status import Reporter
-from hydrafs.store import TemporaryFile
+from hydrafs.temporary import TemporaryFile
 from hydrafs.working import pause
 
 log = logging.getLogger(__name__)
