@@ -74,8 +74,8 @@ mount -v -t hydrafs /srv/models /mnt/models -o allow_other,cache_size=64M
 sha256sum < /mnt/models/tuned.safetensors | cmp - /root/expected
 umount /mnt/models
 hydrafs mount /srv/models /mnt/models --warm
-sleep 3
-hydrafs status --json | grep -q '"reads": [1-9]'
+for _ in $(seq 150); do hydrafs status --json | grep -q '"reads": [1-9]' && break; sleep 0.2; done
+hydrafs status --json | grep '"reads": [1-9]'
 umount /mnt/models
 EOF
 
@@ -162,6 +162,8 @@ unit=hydrafs-worker@$(systemd-escape -p /srv/models).service
 systemctl start "$unit"
 a_diff() { ls /srv/models/*.hydra; } # of which of the two is its to choose
 until_true a_diff
+said_so() { journalctl --no-pager -o cat -u "$unit" | grep '"hydrafs.worker", "message": "/srv/models/.* -> '; }
+until_true said_so
 grep -E '^(CapEff|NoNewPrivs|Seccomp):' "/proc/$(systemctl show -P MainPID "$unit")/status"
 journalctl --no-pager -o cat -u "$unit" | tail -3
 systemd-analyze security --no-pager "$unit" | tail -1
