@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hydrafs import child
 from hydrafs.covered import catalogs_folder
 from hydrafs.logs import Style
 
@@ -23,14 +22,6 @@ log = logging.getLogger(__name__)
 
 _RESTART_SECONDS = 60.0
 _RESTART_SECONDS_MAX = 3600.0
-
-_CHILD = """
-import json, sys
-order = json.loads(sys.stdin.buffer.readline())
-sys.path[:] = order.pop("sys_path")
-from hydrafs.worker import run_order
-run_order(order)
-"""
 
 
 class Helper:
@@ -106,22 +97,16 @@ class Helper:
         folder = catalogs_folder()
         order = {
             **self._order,
-            "sys_path": [os.fspath(Path(entry).absolute()) for entry in sys.path],
             "covered": covered,
             "catalogs": os.fspath(folder) if folder else None,
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD],
-            stdin=subprocess.PIPE,
+        self._process = child.start(
+            "hydrafs.worker:run_order",
+            order,
             stdout=subprocess.DEVNULL,
             stderr=self._stderr,
-            start_new_session=True,
             pass_fds=(covered,) if covered >= 0 else (),
         )
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
 
     def start_again(self, covered: int = -1) -> None:
         """Start it if it has ended: one that had nothing to do may have something to do by now."""

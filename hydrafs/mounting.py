@@ -11,7 +11,6 @@ Nothing here prints or reads the environment.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -24,6 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydrafs import child
 from hydrafs.daemon import Watch, await_mount, serve_here, serve_told
 from hydrafs.errors import Denied, MountFailed, from_oserror
 from hydrafs.fuse import Binding, Tree, load_binding
@@ -192,15 +192,6 @@ def _daemon(serve: Callable[[], None], output: int) -> NoReturn:
         os._exit(status)
 
 
-_CHILD = """
-import json, sys
-order = json.loads(sys.stdin.buffer.readline())
-sys.path[:] = order.pop("sys_path")
-from hydrafs.daemon import serve_order
-serve_order(order)
-"""
-
-
 @contextlib.contextmanager
 def mount_in_background(
     factory: str,
@@ -233,32 +224,26 @@ def mount_in_background(
         mountpoint, store_paths=store_paths, options=options, binding=binding, over_store=over_store
     )
     order = {
-        "sys_path": [os.fspath(Path(entry).absolute()) for entry in sys.path],
         "factory": factory,
         "arguments": dict(arguments),
         "mountpoint": os.fspath(path),
         "options": _arguments(options, store_paths),
         "binding": loaded.name,
     }
-    child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert child.stdin is not None
-    assert child.stdout is not None
+    process = child.start("hydrafs.daemon:serve_order", order, stdout=subprocess.PIPE)
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
-        with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(json.dumps(order).encode() + b"\n")
-            child.stdin.flush()
-        await_mount(child.stdout.fileno(), path, timeout_seconds)
+        await_mount(process.stdout.fileno(), path, timeout_seconds)
         yield path
     finally:
-        child.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         try:
-            child.wait(10.0)
+            process.wait(10.0)
         except subprocess.TimeoutExpired:
             log.error("%s: the daemon does not end, killing it", path)
-            child.kill()
-            child.wait()
-        child.stdin.close()
-        child.stdout.close()
+            process.kill()
+            process.wait()
+        process.stdin.close()
+        process.stdout.close()
         clear_stale(path)

@@ -10,9 +10,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
-    "version", "covered", "allocator", "errors", "logs", "dtypes", "attributes", "cache", "layout", "identity",
-    "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch", "diff",
-    "composition", "catalog", "temporary", "store", "journal", "needs", "keeping", "renaming", "leases",
+    "version", "child", "covered", "allocator", "errors", "logs", "dtypes", "attributes", "cache", "layout",
+    "identity", "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
+    "diff", "composition", "catalog", "temporary", "store", "journal", "needs", "keeping", "renaming", "leases",
     "replacing", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
     "committing", "dehydrate", "tending", "activity", "policy", "looking", "working", "tried", "worker", "helper",
@@ -125,6 +125,18 @@ def test_only_the_command_line_reads_the_environment() -> None:
                 if str(path.relative_to(PACKAGE)) in ENVIRONMENT:
                     continue
                 found.append((path, node.lineno))
+    assert not found, places(found)
+
+
+def test_only_one_room_starts_a_python() -> None:
+    """Another way to start one would not find what stands in a folder of its own, such as a package of the system."""
+    found = [
+        (path, node.lineno)
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "sys.executable"
+    ]
+    found = [(path, line) for path, line in found if room_of(path) not in ("child", "__main__")]
     assert not found, places(found)
 
 

@@ -12,7 +12,6 @@ import os
 import signal
 import stat
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 import msgspec
 
+from hydrafs import child
 from hydrafs.errors import HydraError, UsageError, from_oserror
 from hydrafs.service.control import Server
 from hydrafs.service.memory import fitting_cache
@@ -41,15 +41,16 @@ _LEVELS = ("debug", "info", "warning", "error")
 
 def warm(*arguments: str) -> None:
     """Start ``hydrafs warm`` as a process that nothing waits for: the one that serves must not read its own mount."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hydrafs", "warm", *arguments],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
+    process = child.start(
+        "hydrafs.cli:main", ["warm", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/"
     )
-    threading.Thread(target=process.wait, name="hydrafs-warm", daemon=True).start()
+
+    def mind() -> None:
+        _, said = process.communicate()
+        if process.returncode:
+            log.warning("warming ended with code %d: %s", process.returncode, said.decode(errors="replace").strip())
+
+    threading.Thread(target=mind, name="hydrafs-warm", daemon=True).start()
 
 
 @dataclass(frozen=True, slots=True)
