@@ -15,7 +15,8 @@ __all__ = ["start"]
 
 _CODE = """
 import importlib, json, sys
-sys_path, module, name, order = json.loads(sys.stdin.buffer.readline())
+module, _, name = sys.argv[1].partition(":")
+sys_path, order = json.loads(sys.stdin.buffer.readline())
 sys.path[:] = sys_path
 sys.exit(getattr(importlib.import_module(module), name)(order))
 """
@@ -25,13 +26,14 @@ def start(function: str, order: object, **options: Any) -> subprocess.Popen[byte
     """Start a Python that calls ``function`` and exits with what it returns.
 
     Args:
-        function: ``module:name``, of this installation.
+        function: ``module:name``, of this installation; seen in lists of processes.
         order: its only argument, of what JSON can say.
         options: of ``subprocess.Popen``. stdin is a pipe, which the caller closes: children mind it, to end with it.
     """
-    module, _, name = function.partition(":")
-    line = json.dumps([[os.fspath(Path(entry).absolute()) for entry in sys.path], module, name, order])
-    process = subprocess.Popen([sys.executable, "-c", _CODE], stdin=subprocess.PIPE, start_new_session=True, **options)
+    line = json.dumps([[os.fspath(Path(entry).absolute()) for entry in sys.path], order])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CODE, function], stdin=subprocess.PIPE, start_new_session=True, **options
+    )
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
         process.stdin.write(line.encode() + b"\n")

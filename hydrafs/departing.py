@@ -13,7 +13,8 @@ Rule 3: a look-up takes the attributes first and libfuse's number of the file af
         when libfuse knows of it these would be of two files, and readers of the old one would see the size of the new:
         for ``_TOLD_SECONDS`` after a rename, look-ups of the name wait.
 Rule 4: who looked a name up before it was replaced and opens it after gets the file that it had, as on any filesystem:
-        it is kept open for ``_OPENABLE_SECONDS``. At ESTALE the kernel looks once more, which may be too late again.
+        it is kept open until the replacement is done, which waits for the disk, and ``_OPENABLE_SECONDS`` more. At
+        ESTALE the kernel looks once more, which may be too late again.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class _Leaving:
     task: int
     until: float
     delete: Callable[[], None]
+    kept: OpenFile | None
     taken_by: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -84,12 +86,24 @@ class Departed:
         self._kept: set[OpenFile] = set()
         self._used: LRUCache[str, bool] = LRUCache(_REMEMBERED)
 
-    def hide(self, path: str, hidden: str, files: Sequence[OpenFile], delete: Callable[[], None]) -> None:
-        """``path`` was renamed to ``hidden``: ``files`` answer for that, and ``delete`` is called when it is time."""
+    def hide(
+        self,
+        path: str,
+        hidden: str,
+        files: Sequence[OpenFile],
+        delete: Callable[[], None],
+        kept: OpenFile | None = None,
+    ) -> None:
+        """``path`` was renamed to ``hidden``: ``files`` answer for that, and ``delete`` is called when it is time.
+
+        ``kept`` answers as well, and is closed a while after the deletion, or what came in its place.
+        """
         until = time.monotonic() + _AT_MOST_SECONDS
-        leaving = _Leaving(path, threading.get_ident(), threading.get_native_id(), until, delete)
+        leaving = _Leaving(path, threading.get_ident(), threading.get_native_id(), until, delete, kept)
         with self._lock:
-            self._files[hidden] = list(files)
+            self._files[hidden] = [*files, kept] if kept is not None else list(files)
+            if kept is not None:
+                self._kept.add(kept)
             self._used[hidden] = True
             self._leaving[path] = leaving
         for file in files:
@@ -108,13 +122,15 @@ class Departed:
         else:
             self._finish(leaving)
 
-    def keep(self, file: OpenFile) -> None:
-        """Close ``file``, which is among those that answer for a name, in a while."""
+    def _done(self, leaving: _Leaving) -> None:
         with self._lock:
-            self._kept.add(file)
-        timer = threading.Timer(_OPENABLE_SECONDS, self._let_go, (file,))
-        timer.daemon = True
-        timer.start()
+            if self._leaving.get(leaving.path) is leaving:
+                del self._leaving[leaving.path]
+        leaving.done.set()
+        if leaving.kept is not None:
+            timer = threading.Timer(_OPENABLE_SECONDS, self._let_go, (leaving.kept,))
+            timer.daemon = True
+            timer.start()
 
     def _let_go(self, file: OpenFile) -> None:
         with self._lock:
@@ -199,13 +215,7 @@ class Departed:
                 return None
             leaving.thread, leaving.taken_by = 0, leaving.thread  # whoever else comes waits for the end of it
 
-        def end() -> None:
-            with self._lock:
-                if self._leaving.get(path) is leaving:
-                    del self._leaving[path]
-            leaving.done.set()
-
-        return end
+        return lambda: self._done(leaving)
 
     def _finish(self, leaving: _Leaving) -> None:
         with self._lock:
@@ -217,9 +227,7 @@ class Departed:
         except Exception as error:
             log.error("cannot delete %s: %s", leaving.path, error)
         finally:
-            with self._lock:
-                self._leaving.pop(leaving.path, None)
-            leaving.done.set()
+            self._done(leaving)
 
     def end(self) -> None:
         """Delete at once what waits."""

@@ -203,9 +203,7 @@ class WritableTree(StoreTree):
         kept = None
         with contextlib.suppress(OSError, HydraError):  # then the kernel looks again, and most often in time
             kept = self.open_place(hidden, _place_of(files[0]) if files else place)
-        self.departed.hide(path, hidden, [*files, kept] if kept else files, lambda: self._delete(place))
-        if kept is not None:
-            self.departed.keep(kept)
+        self.departed.hide(path, hidden, files, lambda: self._delete(place), kept)
 
     def _rename(self, old: str, new: str, flags: int) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:

@@ -17,16 +17,17 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ModelMaker
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
-from mounts import Library, Mount, sha256_of
+from mounts import Library, Mount, eventually, sha256_of
 from safetensors.torch import load_file, save_file
 
-from hydrafs import vfs
+from hydrafs import departing, vfs
 from hydrafs.coherence import Claim, Names
 from hydrafs.departing import Departed
 from hydrafs.errors import StoreLocked
@@ -558,13 +559,45 @@ def test_who_looked_a_name_up_before_it_was_replaced_opens_what_it_had(copied: C
         got = bytearray(len(data))
         assert late.pread_into(0, memoryview(got)) == len(got)
         assert got == data
-        time.sleep(0.5)
+        assert eventually(lambda: tree.departed._files[hidden] == [late])
         assert tree.getattr(hidden).size == len(data), "what is open has a size"
         late.close()
         assert errno_of(tree.getattr, hidden) == errno_of(tree.open, hidden, os.O_RDONLY) == errno.ESTALE
     finally:
         tree.stop()
     assert not [f for f in os.listdir("/proc/self/fd") if name in os.path.realpath(f"/proc/self/fd/{f}")]
+
+
+def test_a_replacement_that_waits_for_the_disk_is_waited_for(copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who looked the name up before waits with it, in libfuse, for as long as it takes."""
+    store = copied("base.safetensors", "half.safetensors")
+    hidden, data = "/.fuse_hidden0123456789abcdef", store.originals["half.safetensors"].data
+    monkeypatch.setattr(departing, "_OPENABLE_SECONDS", 0.1)
+    tree = WritableTree(store.root, 1 << 20)
+    replace = tree._rename
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        replace(*arguments)
+
+    monkeypatch.setattr(tree, "_rename", slow)
+    tree.start()
+    try:
+        (store.root / "new").write_bytes(b"new")
+        held = tree.open("/half.safetensors", os.O_RDONLY)
+        tree.rename("/half.safetensors", hidden)
+        held.close()
+        tree.rename("/new", "/half.safetensors")
+        assert tree.getattr("/half.safetensors").size == 3
+        late = tree.open(hidden, os.O_RDONLY)
+        got = bytearray(len(data))
+        assert late.pread_into(0, memoryview(got)) == len(got)
+        assert got == data
+        late.close()
+        assert eventually(lambda: tree.departed.file(hidden) is None)
+        assert errno_of(tree.open, hidden, os.O_RDONLY) == errno.ESTALE
+    finally:
+        tree.stop()
 
 
 @pytest.mark.parametrize("name", ["base.safetensors", "half.safetensors"])
@@ -582,7 +615,7 @@ def test_a_file_without_a_name_is_no_other_file_once_it_is_closed(copied: Copied
         tree.unlink(hidden)
         place = tree.find(hidden)
         held.close()
-        time.sleep(0.5)  # what is kept for who looked the name up before is let go of
+        assert eventually(lambda: tree.departed.file(hidden) is None), "kept for who looked the name up before"
         assert errno_of(tree.find, hidden) == errno.ESTALE
         others = [os.open(__file__, os.O_RDONLY) for _ in range(30)]
         opened = tree.open_place(hidden, place)
