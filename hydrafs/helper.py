@@ -33,8 +33,7 @@ class Helper:
     Args:
         root: the store, by the name that people know.
         given: fields of ``hydrafs.policy.Policy`` that go before the store's configuration.
-        log_path: where it logs to; by default to what stderr is when it starts, or was at ``remember_stderr``.
-        style: what it logs, and how.
+        style: what it logs, and how: to what stderr is when it starts, or was at ``remember_stderr``.
         off_limits: where the store is mounted: what leads there is no model of the store.
     """
 
@@ -42,7 +41,6 @@ class Helper:
         self,
         root: Path,
         given: Mapping[str, Any],
-        log_path: str | os.PathLike[str] | None = None,
         *,
         style: Style | None = None,
         off_limits: Path | None = None,
@@ -50,7 +48,6 @@ class Helper:
         self._order: dict[str, Any] = {
             "root": os.fspath(root),
             "given": dict(given),
-            "log": os.fspath(log_path) if log_path else None,
             "style": asdict(style or Style()),
             "off_limits": os.fspath(off_limits) if off_limits else None,
         }

@@ -35,17 +35,15 @@ class Style:
     seldom: bool = False
 
 
-def log_to(stream: TextIO | str, style: Style, who: str = "hydrafs") -> None:
+def log_to(stream: TextIO, style: Style, who: str = "hydrafs") -> None:
     """Let the lines of all rooms be written. Only the first call in a process does anything.
 
     Args:
-        stream: an open text file, or the path of one that is appended to.
+        stream: an open text file.
         style: what is logged, and how.
         who: what begins a line of text.
     """
-    if logging.getLogger().handlers:
-        return
-    handler = logging.FileHandler(stream) if isinstance(stream, str) else logging.StreamHandler(stream)
+    handler = logging.StreamHandler(stream)
     stamp = "%(asctime)s " if style.with_time else ""
     handler.setFormatter(_JsonLines() if style.as_json else _Lines(f"{stamp}{who}: %(levelname)s: %(message)s"))
     if style.seldom:

@@ -330,7 +330,7 @@ def run_order(order: Mapping[str, Any]) -> None:
         if order["catalogs"]:
             covered.keep_catalogs_in(Path(order["catalogs"]))
         root = descriptor
-    log_to(covered.reached(order["log"]) if order["log"] else sys.stderr, Style(**order["style"]), "hydrafs: worker")
+    log_to(sys.stderr, Style(**order["style"]), "hydrafs: worker")
     off_limits = Path(order["off_limits"]) if order["off_limits"] else None
     run(Path(root), order["given"], end=lambda: sys.stdin.buffer.read(1), off_limits=off_limits)
     logging.shutdown()
