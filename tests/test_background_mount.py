@@ -105,7 +105,8 @@ def test_the_log_says_what_was_done(tmp_path: Path, models: ModelMaker, binding:
             ("hydrafs.daemon", f"{point} is unmounted (libfuse: 0)"),
         ]
         assert eventually(lambda: "is unmounted" in log.read_text())
-        lines = log.read_text().splitlines()
+        # The kernel tells of a closing when it has time for it: until then the worker leaves the model alone.
+        lines = [line for line in log.read_text().splitlines() if "is left for later" not in line]
         if style == "json":
             facts = [json.loads(line) for line in lines]
             assert [(fact["logger"], fact["message"]) for fact in facts] == expected

@@ -543,7 +543,10 @@ def test_a_hidden_file_is_deleted_where_its_thread_is_no_more() -> None:
 
 
 @pytest.mark.parametrize("name", ["base.safetensors", "half.safetensors"])
-def test_who_looked_a_name_up_before_it_was_replaced_opens_what_it_had(copied: Copied, name: str) -> None:
+def test_who_looked_a_name_up_before_it_was_replaced_opens_what_it_had(
+    copied: Copied, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(departing, "_OPENABLE_SECONDS", 1.0)
     store = copied("base.safetensors", "half.safetensors")
     hidden, data = "/.fuse_hidden0123456789abcdef", store.originals[name].data
     tree = WritableTree(store.root, 1 << 20)
@@ -572,12 +575,12 @@ def test_a_replacement_that_waits_for_the_disk_is_waited_for(copied: Copied, mon
     """Who looked the name up before waits with it, in libfuse, for as long as it takes."""
     store = copied("base.safetensors", "half.safetensors")
     hidden, data = "/.fuse_hidden0123456789abcdef", store.originals["half.safetensors"].data
-    monkeypatch.setattr(departing, "_OPENABLE_SECONDS", 0.1)
+    monkeypatch.setattr(departing, "_OPENABLE_SECONDS", 1.0)
     tree = WritableTree(store.root, 1 << 20)
     replace = tree._rename
 
     def slow(*arguments: Any) -> None:
-        time.sleep(0.5)
+        time.sleep(1.5)
         replace(*arguments)
 
     monkeypatch.setattr(tree, "_rename", slow)
