@@ -1,12 +1,13 @@
 """Who needs whom: the models that the diffs of a store cannot be read without.
 
 Rule 1: a diff's manifest is read once; what it needs is in the catalog, with the identity of the diff.
-Rule 2: every diff counts: listed, hidden by a plain file of its name, and kept for others (``held``, ``retired``).
+Rule 2: every diff counts: listed, hidden by a plain file of its name, in the trash, and kept for others (``held``,
+        ``retired``).
+Rule 3: what could not be listed or read is told with what was found: nobody knows what that needs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from hydrafs.diff import SUFFIX, DiffFile
 from hydrafs.errors import HydraError
 from hydrafs.identity import FileIdentity
 from hydrafs.manifest import Parent
-from hydrafs.store import Store, is_private, listed_name
+from hydrafs.store import Store, listed_name
+from hydrafs.walk import Report, Trouble, list_folder
 
 
 @dataclass(slots=True)
@@ -45,45 +47,52 @@ def record_of(store: Store, path: Path) -> DiffRecord:
     return known
 
 
-def diffs(store: Store) -> Iterator[tuple[str, Path]]:
-    """Every diff of the store by its listed name, those hidden by a plain file of that name too."""
-    seen: set[tuple[int, int]] = set()
-    pending = [os.fspath(store.root)]
-    while pending:
-        folder = pending.pop()
-        with contextlib.suppress(OSError):
-            stat = os.stat(folder)
-            if (stat.st_dev, stat.st_ino) in seen:
-                continue
-            seen.add((stat.st_dev, stat.st_ino))
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if is_private(entry.name) or (entry.is_symlink() and store.is_off_limits(entry.path)):
-                        continue
-                    if entry.is_dir():
-                        pending.append(entry.path)
-                    elif listed_name(entry.name) != entry.name and entry.is_file():
-                        path = Path(entry.path)
-                        yield store.relative(path.with_name(listed_name(path.name))), path
+def diffs(store: Store, *, trouble: Report | None = None) -> Iterator[tuple[str, Path]]:
+    """Every diff of the store by its listed name, those hidden by a plain file of that name too. ``trouble`` is told
+    what could not be listed or looked at."""
+    for folder in store.folders(trouble=trouble):
+        for entry in folder.files:
+            name = listed_name(entry.name)
+            if name != entry.name:
+                path = Path(entry.path)
+                yield store.relative(path.with_name(name)), path
 
 
-def kept_diffs(store: Store) -> Iterator[Path]:
+def kept_diffs(store: Store, *, trouble: Report | None = None) -> Iterator[Path]:
     """The diffs that are kept for others: retired, and held."""
     for folder in (store.retired, store.held):
-        with contextlib.suppress(OSError):
-            yield from sorted(folder.glob(f"*{SUFFIX}"))
+        for entry in list_folder(folder, report=trouble).files:
+            if entry.name.endswith(SUFFIX):
+                yield Path(entry.path)
 
 
-def needs(store: Store, *, without: Path | None = None, unreadable: list[Path] | None = None) -> dict[bytes, Need]:
-    """What the listed diffs of a store need, and what that needs in turn where it is kept, by SHA-256.
+@dataclass(frozen=True, slots=True)
+class Census:
+    """What the diffs of a store need, by SHA-256, and what kept it from being known in full.
 
-    A diff that is kept needs its parents only as long as somebody needs it.
+    While there are ``troubles`` anything may be needed: what might be a parent is kept.
+    """
+
+    needs: dict[bytes, Need]
+    troubles: tuple[Trouble, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every folder was listed and every diff read."""
+        return not self.troubles
+
+
+def census(store: Store, without: Path | None = None) -> Census:
+    """What the listed diffs of a store need, and those in the trash, and what that needs in turn where it is kept.
+
+    A diff that is kept for others needs its parents only as long as somebody needs it; one in the trash, while it is
+    there. Raises nothing for what cannot be listed or read: it is among the troubles.
 
     Args:
         without: a diff that does not count, because it is about to go.
-        unreadable: gets the diffs that cannot be read: nobody knows what they need.
     """
     found: dict[bytes, Need] = {}
+    troubles: list[Trouble] = []
 
     def count(record: DiffRecord, name: str) -> None:
         for sha256, size, hint, probe in record.parents:
@@ -91,17 +100,20 @@ def needs(store: Store, *, without: Path | None = None, unreadable: list[Path] |
             if name:
                 need.dependents.append(name)
 
-    for name, path in diffs(store):
+    for name, path in diffs(store, trouble=troubles.append):
         if path != without:
-            try:
-                count(record_of(store, path), name)
-            except (OSError, HydraError):
-                if unreadable is not None:
-                    unreadable.append(path)
+            record = _record(store, path, troubles)
+            if record is not None:
+                count(record, name)
+    for entry in list_folder(store.trash, report=troubles.append).files:
+        if entry.name.endswith(SUFFIX):
+            record = _record(store, Path(entry.path), troubles)
+            if record is not None:
+                count(record, "")
     kept: dict[bytes, DiffRecord] = {}
-    for path in kept_diffs(store):
-        with contextlib.suppress(OSError, HydraError):
-            record = record_of(store, path)
+    for path in kept_diffs(store, trouble=troubles.append):
+        record = _record(store, path, troubles)
+        if record is not None:
             kept.setdefault(record.sha256, record)
     grown = True
     while grown:
@@ -109,4 +121,23 @@ def needs(store: Store, *, without: Path | None = None, unreadable: list[Path] |
         for sha256 in [s for s in kept if s in found]:
             count(kept.pop(sha256), "")
             grown = True
-    return found
+    return Census(found, tuple(troubles))
+
+
+def _record(store: Store, path: Path, troubles: list[Trouble]) -> DiffRecord | None:
+    try:
+        return record_of(store, path)
+    except (OSError, HydraError, MemoryError, ValueError) as error:
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            return None  # it went meanwhile
+        except OSError:
+            pass
+        troubles.append(Trouble(path, error))
+        return None
+
+
+def needs(store: Store, *, without: Path | None = None) -> dict[bytes, Need]:
+    """``census`` for who removes nothing: what is needed, as far as it can be known."""
+    return census(store, without).needs

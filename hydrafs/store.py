@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import stat as stat_module
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -23,6 +22,7 @@ from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
 from hydrafs.errors import NotFound, StoreLocked, UsageError, from_oserror
 from hydrafs.temporary import TemporaryFile
+from hydrafs.walk import Folder, Report, walk
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -160,6 +160,11 @@ class Store:
     def retired(self) -> Path:
         """The folder of models that are listed no more and that others need, by SHA-256."""
         return self.private / "retired"
+
+    @property
+    def trash(self) -> Path:
+        """The folder of what was removed through a mount and can be had back for a while (``hydrafs.trash``)."""
+        return self.private / "trash"
 
     def close(self) -> None:
         """Close the catalog."""
@@ -315,43 +320,46 @@ class Store:
 
     # Names
 
+    def folders(
+        self,
+        folder: Path | None = None,
+        *,
+        entered: Callable[[Path, os.stat_result], object] | None = None,
+        trouble: Report | None = None,
+    ) -> Iterator[Folder]:
+        """Every folder under ``folder`` (default: the whole store) as ``hydrafs.walk`` has it, without hydrafs' own
+        files and what this process must not enter. ``trouble`` is told what could not be listed or looked at."""
+
+        def leave_out(entry: os.DirEntry[str]) -> bool:
+            return is_private(entry.name) or (
+                self.off_limits is not None and entry.is_symlink() and self.is_off_limits(entry.path)
+            )
+
+        return walk(folder or self.root, leave_out=leave_out, report=trouble, entered=entered)
+
     def models(
-        self, folder: Path | None = None, *, entered: Callable[[Path, os.stat_result], object] | None = None
+        self,
+        folder: Path | None = None,
+        *,
+        entered: Callable[[Path, os.stat_result], object] | None = None,
+        trouble: Report | None = None,
     ) -> Iterator[ModelEntry]:
         """Every model under ``folder`` (default: the whole store), folders in name order. Links to folders are
-        followed once; hydrafs' own files are left out. ``entered`` is told of each folder, before it is read."""
-        seen: set[tuple[int, int]] = set()
-        pending = [folder or self.root]
-        while pending:
-            current = pending.pop()
-            try:
-                stat = current.stat()
-                if (stat.st_dev, stat.st_ino) in seen:
-                    continue
-                seen.add((stat.st_dev, stat.st_ino))
-                if entered is not None:
-                    entered(current, stat)
-                entries = sorted(os.scandir(current), key=lambda e: e.name)
-            except OSError:
-                continue
-            names = {e.name for e in entries}
-            folders = []
-            for entry in entries:
-                if is_private(entry.name) or (entry.is_symlink() and self.is_off_limits(entry.path)):
-                    continue
-                if _is_folder(entry):
-                    folders.append(Path(entry.path))
-                    continue
-                if not _is_regular(entry):
-                    continue
+        followed once; hydrafs' own files are left out.
+
+        Args:
+            entered: is told of each folder, before it is read.
+            trouble: is told of each folder that could not be listed and each entry that could not be looked at.
+        """
+        for listed in self.folders(folder, entered=entered, trouble=trouble):
+            for entry in listed.files:
                 name = listed_name(entry.name)
                 is_diff = name != entry.name
-                if is_diff and name in names:
+                if is_diff and name in listed.names:
                     continue
                 if is_diff or looks_like_model(name):
                     path = Path(entry.path)
                     yield ModelEntry(self.relative(path.with_name(name)), path, is_diff)
-            pending.extend(reversed(folders))
 
     def is_off_limits(self, path: str | os.PathLike[str]) -> bool:
         """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``."""
@@ -400,17 +408,3 @@ def trailer_of(path: Path) -> Trailer:
         return read_trailer(fd, os.fspath(path))
     finally:
         os.close(fd)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:
-        return False
-
-
-def _is_regular(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file() and stat_module.S_ISREG(entry.stat().st_mode)
-    except OSError:
-        return False

@@ -20,11 +20,12 @@ from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, from_oserror
-from hydrafs.needs import Need, diffs, kept_diffs, needs, record_of
+from hydrafs.needs import Need, census, diffs, kept_diffs, needs, record_of
 from hydrafs.opening import Opener
 from hydrafs.restore import prove, rehydrate
-from hydrafs.store import PRIVATE, ModelEntry, Store, is_private, trailer_of
+from hydrafs.store import PRIVATE, ModelEntry, Store, trailer_of
 from hydrafs.temporary import TEMPORARY, fsync_folder, remove_leftovers
+from hydrafs.walk import Trouble
 
 __all__ = ["Collected", "Rehomed", "Removed", "collect", "hold_parents", "rehome", "start"]
 
@@ -38,10 +39,9 @@ def start(store: Store) -> None:
     for folder in store.private.glob(f"{_REHOMING}*"):
         if folder.is_dir():
             shutil.rmtree(folder, ignore_errors=True)
-    for current, folders, names in os.walk(store.root):
-        folders[:] = [f for f in folders if not is_private(f)]
-        if any(name.startswith(TEMPORARY) for name in names):
-            remove_leftovers(Path(current))
+    for listed in store.folders():
+        if any(name.startswith(TEMPORARY) for name in listed.names):
+            remove_leftovers(Path(listed.path))
 
 
 # Holding
@@ -113,22 +113,27 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What ``collect`` removed, and the diffs that stopped it."""
+    """What ``collect`` removed, and what stopped it: folders that cannot be listed, and diffs that cannot be read."""
 
     removed: tuple[Removed, ...]
-    unreadable: tuple[Path, ...] = ()
+    troubles: tuple[Trouble, ...] = ()
+
+    @property
+    def unreadable(self) -> tuple[Path, ...]:
+        """Where what stopped it stands."""
+        return tuple(trouble.path for trouble in self.troubles)
 
 
 def collect(store: Store, *, dry_run: bool = False) -> Collected:
     """Remove the retired models and the held links that no diff needs, and those that a listed model has taken over.
 
-    Nothing is removed while a diff of the store cannot be read: nobody knows what it needs.
+    Nothing is removed while a folder of the store cannot be listed or a diff not be read: nobody knows what is needed.
     """
     with store.lock():
-        unreadable: list[Path] = []
-        needed = needs(store, unreadable=unreadable)
-        if unreadable:
-            return Collected((), tuple(unreadable))
+        found = census(store)
+        if not found.is_complete:
+            return Collected((), found.troubles)
+        needed = found.needs
         going: list[tuple[Path, str]] = []
         for folder in (store.retired, store.held):
             for path in _kept(folder):
