@@ -65,7 +65,7 @@ def test_every_promise_has_its_tests() -> None:
     missing = [f"{file}::{name}" for file, name in named if not re.search(rf"(def|class) {name}\b", sources[file])]
     assert not missing
     promises, _ = text.split("# What it does not promise")
-    rows = re.findall(r"^\| (?!promise|-)(.*) \|$", promises, re.MULTILINE)
+    rows = re.findall(r"^\| (?!promise|cause|-)(.*) \|$", promises, re.MULTILINE)
     assert len(rows) > 40
     untested = [row for row in rows if not re.search(r"`test_\w+\.py::\w+`", row.rpartition(" | ")[2])]
     assert not untested
