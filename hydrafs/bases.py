@@ -8,6 +8,7 @@ the rest.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from hydrafs import containers, predictors
 from hydrafs.catalog import ModelFacts, TensorFacts
 from hydrafs.diff import DiffFile
 from hydrafs.dtypes import DTYPES
-from hydrafs.errors import HydraError
+from hydrafs.errors import Changing, HydraError
 from hydrafs.fingerprint import bits_apart, facts_of
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import ByteSource, FileSource
@@ -26,6 +27,8 @@ from hydrafs.manifest import Manifest
 from hydrafs.matching import USELESS, Match, match
 from hydrafs.opening import Opener
 from hydrafs.store import ModelEntry, Store
+
+log = logging.getLogger(__name__)
 
 FINALISTS = 4
 DIFF_CANDIDATES = 32
@@ -35,6 +38,7 @@ WORTH_A_PARENT_NBYTES = 64 << 10
 """A further parent is something more that must not be lost: it has to predict at least this much."""
 _RESEMBLES = 0.9
 _DIFF_MUST_BE = 0.75
+_NAMED = 3
 _SAMPLED_TENSORS = 12
 _SAMPLE_NBYTES = 4096
 
@@ -102,24 +106,33 @@ def choose(
     *,
     exclude: Sequence[Path],
     evaluate: Callable[[Candidate], float],
+    refused: Callable[[Path], str] = lambda path: "",
 ) -> Choice:
     """The best parents for ``target`` among the models of the store and its base folders.
 
     Args:
         exclude: the model itself, and plain files that will not stay.
-        evaluate: what share of the model would be stored against a candidate; asked of the few that look best.
+        evaluate: what share of the model would be stored against a candidate; asked of the few that look best. A
+            candidate that it fails for, in whatever way, is none.
+        refused: why a file is no base (``hydrafs.suspect``), empty where it is one. Where it resembles the model, a
+            line says so.
 
     Nothing found is a choice too: no parents, and a line that says so.
     """
-    plain, diffs = _candidates(store, exclude)
+    plain, diffs, suspects = _candidates(store, exclude, refused)
     covered = [(coverage(facts, match(facts, [c.facts])), c) for c in plain]
     alike = sorted((item for item in covered if item[0] < _RESEMBLES), key=lambda item: item[0])
+    not_taken = [
+        f"{c.entry.name} resembles it, and is no base: {reason}"
+        for c, reason in suspects
+        if coverage(facts, match(facts, [c.facts])) < _RESEMBLES
+    ][:_NAMED]
     resembling = [c for _, c in alike[:FINALISTS]]
-    scored = sorted(((evaluate(c), c) for c in resembling), key=lambda item: item[0])
+    scored = sorted(((_cost(evaluate, c), c) for c in resembling), key=lambda item: item[0])
     considered = len(plain) + len(diffs[:DIFF_CANDIDATES])
     sampled = []
     for entry in diffs[:DIFF_CANDIDATES]:
-        with contextlib.suppress(HydraError):
+        with contextlib.suppress(HydraError, OSError):
             theirs, _ = facts_of_diff(store, entry.path)
             share = coverage(facts, match(facts, [theirs]))
             if share < _RESEMBLES:
@@ -127,7 +140,7 @@ def choose(
                 alike.append((share, candidate))
                 sampled.append((sampled_cost(target, facts, candidate, opener), candidate))
     for _, candidate in sorted(sampled, key=lambda item: item[0])[:DIFF_FINALISTS]:
-        share = evaluate(candidate)
+        share = _cost(evaluate, candidate)
         # One more step in the chain costs time at every read, and one more file that must not be lost.
         if share < _DIFF_MUST_BE * (scored[0][0] if scored else 1.0):
             scored.insert(0, (share, candidate))
@@ -135,20 +148,35 @@ def choose(
     parts = (c for c in plain if any("lora" in t.name for t in c.facts.tensors[:64]))
     everything = (*(c for _, c in sorted(alike, key=lambda item: item[0])), *parts)
     if not scored:
-        return Choice((), (f"no base: none of {considered} models resembles it",), everything)
+        return Choice((), (f"no base: none of {considered} models resembles it", *not_taken), everything)
     best = scored[0][1]
     reason = f"base {best.entry.name}: about {scored[0][0]:.1%} of the model is new"
     if len(scored) > 1:
         reason += f" (next best {scored[1][1].entry.name}, {scored[1][0]:.1%}; {considered} considered)"
-    parents, reasons = [best], [reason]
+    parents, reasons = [best], [reason, *not_taken]
     _add_further(facts, parents, [c for c in plain if c is not best], reasons)
     return Choice(tuple(parents), tuple(reasons), everything)
 
 
-def _candidates(store: Store, exclude: Sequence[Path]) -> tuple[list[Candidate], list[ModelEntry]]:
-    """The plain models with their facts, and the diffs, the newest first; each file once, whatever its names."""
+def _cost(evaluate: Callable[[Candidate], float], candidate: Candidate) -> float:
+    """What ``evaluate`` says; all of the model where it fails: a candidate's trouble is not the model's."""
+    try:
+        return evaluate(candidate)
+    except Changing:
+        raise  # the model itself is being written to, or the work is to end
+    except Exception as error:
+        log.info("%s serves as no base: %s", candidate.entry.path, error)
+        return 1.0
+
+
+def _candidates(
+    store: Store, exclude: Sequence[Path], refused: Callable[[Path], str]
+) -> tuple[list[Candidate], list[ModelEntry], list[tuple[Candidate, str]]]:
+    """The plain models with their facts, the diffs, the newest first, and the plain ones that are refused, with why;
+    each file once, whatever its names."""
     plain: list[Candidate] = []
     diffs: list[tuple[int, ModelEntry]] = []
+    suspects: list[tuple[Candidate, str]] = []
     seen: set[tuple[int, int]] = set()
     for path in exclude:
         with contextlib.suppress(OSError):
@@ -156,16 +184,23 @@ def _candidates(store: Store, exclude: Sequence[Path]) -> tuple[list[Candidate],
             seen.add((stat.st_dev, stat.st_ino))
     for folder in (store.root, *store.base_folders):
         for entry in store.models(folder):
-            with contextlib.suppress(OSError, HydraError):
+            try:
                 stat = entry.path.stat()
                 if (stat.st_dev, stat.st_ino) in seen:
+                    continue
+                reason = refused(entry.path)
+                if reason:  # not by this name; it may have another
+                    if not entry.is_diff:
+                        suspects.append((Candidate(entry, facts_of_file(store, entry.path)), reason))
                     continue
                 seen.add((stat.st_dev, stat.st_ino))
                 if entry.is_diff:
                     diffs.append((stat.st_mtime_ns, entry))
                 else:
                     plain.append(Candidate(entry, facts_of_file(store, entry.path)))
-    return plain, [entry for _, entry in sorted(diffs, key=lambda item: -item[0])]
+            except Exception as error:  # whatever one file of the store raises, the others may serve
+                log.debug("%s serves as no base: %s", entry.path, error)
+    return plain, [entry for _, entry in sorted(diffs, key=lambda item: -item[0])], suspects
 
 
 def _add_further(facts: ModelFacts, parents: list[Candidate], others: list[Candidate], reasons: list[str]) -> None:

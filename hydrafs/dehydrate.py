@@ -9,6 +9,7 @@ Beside the pass over the model run: the SHA-256 of a base that is new here, read
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -40,6 +41,7 @@ from hydrafs.rehydrate import Rehydrated
 from hydrafs.replacing import Original
 from hydrafs.restore import prove
 from hydrafs.store import ModelEntry, Store, trailer_of
+from hydrafs.suspect import Suspects
 from hydrafs.temporary import TemporaryFile
 from hydrafs.version import __version__
 
@@ -118,6 +120,7 @@ def dehydrate(
     name = name or model.name
     target = folder / (name + SUFFIX)
     _refuse(model)
+    _room_for_ending(target, model)
     if not folder.is_dir():
         raise NotFound("no such folder for the diff", where=folder, remedy=f"mkdir -p {folder}")
     with FileSource(model) as source, contextlib.closing(Opener(store, ChunkCache(64 << 20))) as opener:
@@ -141,6 +144,7 @@ def dehydrate(
                 facts,
                 exclude=(model, *options.not_bases),
                 evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
+                refused=Suspects(store).of_base if options.all_or_nothing else lambda path: "",
             )
         entries, matches = _predicted(store, opener, source, layout, facts, choice)
         if not entries and not options.alone:
@@ -271,6 +275,20 @@ def _refuse(model: Path) -> None:
         raise UsageError("not a file", where=model, remedy="name the models, not their folder")
     if model.name.endswith(SUFFIX):
         raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
+
+
+def _room_for_ending(target: Path, model: Path) -> None:
+    try:
+        os.lstat(target)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            nbytes = len(os.fsencode(target.name))
+            raise UsageError(
+                "the name has no room for the ending",
+                where=model,
+                detail=f"{nbytes} bytes with {SUFFIX}, more than the filesystem takes",
+                remedy="give the model a shorter name",
+            ) from None
 
 
 def _needed_by(store: Store, model: Path, identity: FileIdentity) -> str:

@@ -63,9 +63,24 @@ class Policy:
 
     def wants(self, name: str, nbytes: int) -> bool:
         """Whether a model of this name and size is to be dehydrated."""
+        included = not self.include or any(_matches(name, pattern) for pattern in self.include)
+        return nbytes >= self.min_nbytes and included and not any(_matches(name, pattern) for pattern in self.exclude)
 
-        def matches(patterns: tuple[str, ...]) -> bool:
-            last = name.rpartition("/")[2]
-            return any(fnmatch.fnmatch(name, p) or fnmatch.fnmatch(last, p) for p in patterns)
+    def asks(self, name: str, folder: str) -> bool:
+        """Whether a pattern of ``include`` asks for the model of this name though it lies in ``folder``, which nobody
+        looks for models in: a pattern that names the file, or that folder, and not merely everything."""
 
-        return nbytes >= self.min_nbytes and (not self.include or matches(self.include)) and not matches(self.exclude)
+        def names(pattern: str) -> bool:
+            *above, last = pattern.split("/")
+            exact = not _WILD.intersection(last) and last == name.rpartition("/")[2]
+            lower = folder.lower()
+            return exact or any(set(part) - _WILD and fnmatch.fnmatchcase(lower, part.lower()) for part in above)
+
+        return any(_matches(name, pattern) and names(pattern) for pattern in self.include)
+
+
+_WILD = frozenset("*?[]!")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.rpartition("/")[2], pattern)

@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "child", "covered", "allocator", "errors", "logs", "dtypes", "attributes", "cache", "layout",
     "identity", "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
-    "diff", "composition", "catalog", "temporary", "walk", "store", "journal", "needs", "keeping", "renaming", "leases",
+    "diff", "composition", "catalog", "temporary", "walk", "store", "suspect", "journal", "needs", "keeping",
+    "renaming", "leases",
     "replacing", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
     "committing", "dehydrate", "tending", "activity", "policy", "looking", "working", "tried", "worker", "helper",

@@ -55,20 +55,8 @@ def unpack(source: ByteSource) -> Unpacked:
     Raises:
         BadModel: the pickles break the format's rules.
     """
-    reader = cursor.Cursor(cursor.stored(source, 0, MAX_PICKLE_NBYTES), MAX_PICKLE_NBYTES)
-    nothing: dict[str, Storage] = {}
-    magic = pickle_walk.walk(reader, nothing)
-    protocol = pickle_walk.walk(reader, nothing)
-    if (not isinstance(magic, int) or magic != MAGIC) or (not isinstance(protocol, int) or protocol != PROTOCOL):
-        raise BadModel("no legacy torch checkpoint")
-    little = _is_little_endian(pickle_walk.walk(reader, nothing))
-    storages: dict[str, Storage] = {}
-    root = pickle_walk.walk(reader, storages)
-    keys = pickle_walk.walk(reader, nothing)
-    if not isinstance(keys, list):
-        raise BadModel("a legacy torch checkpoint has no list of storages")
+    root, storages, keys, offset, little = _read_pickles(source)
     places: dict[str, tuple[int, int]] = {}
-    offset = reader.position
     for key in keys:
         storage = storages.get(str(key)) if isinstance(key, (str, int)) else None
         header = source.pread(offset, _COUNT.size)
@@ -81,6 +69,34 @@ def unpack(source: ByteSource) -> Unpacked:
         places[storage.key] = (offset, storage.nbytes)
         offset += storage.nbytes
     return Unpacked(root, storages, places, little)
+
+
+def expected_size(source: ByteSource) -> int:
+    """Where the storages that a legacy checkpoint describes end, as far as it says how long they are.
+
+    Raises:
+        BadModel: the pickles break the format's rules.
+    """
+    _, storages, keys, offset, _ = _read_pickles(source)
+    known = [storages[str(key)] for key in keys if isinstance(key, (str, int)) and str(key) in storages]
+    return offset + len(keys) * _COUNT.size + sum(storage.nbytes for storage in known if storage.consistent)
+
+
+def _read_pickles(source: ByteSource) -> tuple[object, dict[str, Storage], list[object], int, bool]:
+    """The object, its storages, their keys in the order of the file, where the first begins, and the byte order."""
+    reader = cursor.Cursor(cursor.stored(source, 0, MAX_PICKLE_NBYTES), MAX_PICKLE_NBYTES)
+    nothing: dict[str, Storage] = {}
+    magic = pickle_walk.walk(reader, nothing)
+    protocol = pickle_walk.walk(reader, nothing)
+    if (not isinstance(magic, int) or magic != MAGIC) or (not isinstance(protocol, int) or protocol != PROTOCOL):
+        raise BadModel("no legacy torch checkpoint")
+    little = _is_little_endian(pickle_walk.walk(reader, nothing))
+    storages: dict[str, Storage] = {}
+    root = pickle_walk.walk(reader, storages)
+    keys = pickle_walk.walk(reader, nothing)
+    if not isinstance(keys, list):
+        raise BadModel("a legacy torch checkpoint has no list of storages")
+    return root, storages, keys, reader.position, little
 
 
 def _is_little_endian(facts: object) -> bool:
