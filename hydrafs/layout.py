@@ -82,7 +82,11 @@ class FileSource:
             self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise from_oserror(error, "cannot open", self.path) from error
-        self.stat = os.fstat(self.fd)
+        try:
+            self.stat = os.fstat(self.fd)
+        except OSError as error:
+            os.close(self.fd)
+            raise from_oserror(error, "cannot open", self.path) from error
         self._size = self.stat.st_size
 
     @property

@@ -10,26 +10,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ModelMaker
+from scenarios import MORE, SCENARIOS
 
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.store import Store
-
-SCENARIOS = [
-    "dehydrate", "remove a base", "remove a diff that is a parent", "remove the last", "file over base",
-    "file over diff", "diff over base", "diff over diff", "overwrite a base", "truncate a base", "collect", "rehome",
-    "rehydrate in place",
-]  # fmt: skip
-MORE = [
-    "dehydrate and keep", "dehydrate again", "dehydrate elsewhere", "dehydrate a base", "a worker's step",
-    "remove a file and the diff behind it", "remove the last dependent of a retired diff", "replace the last",
-    "remove all", "base over diff", "diff over file", "diff over a diff behind its file", "rename with a pin",
-    "rename a folder that holds parents", "move a diff into a folder", "move a base into a folder",
-    "exchange two diffs", "exchange a diff and a base", "save over a model", "link a diff", "attributes",
-    "write into a diff", "write into a diff that is a parent", "write into a base", "overwrite a diff",
-    "overwrite a diff that is a parent", "cut a diff", "cut a base to nothing", "rehydrate beside", "uncompress",
-    "uncompress a parent", "merge", "hold the parents", "collect a retired diff and what it needs",
-    "collect with dependents of a retired diff", "rehome two", "rehome a diff that is a parent",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
