@@ -3,6 +3,7 @@
 Rule 1: everything in it can be found again by reading the files; it may be deleted at any time.
 Rule 2: a fact is kept with the identity of the file that it was read from, and is gone when that differs.
 Rule 3: trouble with the database never fails an operation: the fact is unknown, and is read again.
+Rule 4: who only looks writes nothing: what is learnt is kept in memory, and is written once the store is acted on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -50,6 +52,10 @@ CREATE INDEX IF NOT EXISTS files_by_inode ON files (inode);
 """Tables that a catalog of the same version may not have yet: it is not thrown away for them."""
 
 
+_LEARNT = "learnt_"
+"""How the tables of what was learnt are called where the file is only looked at."""
+
+
 class TensorFacts(msgspec.Struct, array_like=True, frozen=True):
     """A tensor of a model: where it is, and a sample of its values (``hydrafs.fingerprint``)."""
 
@@ -81,21 +87,63 @@ def _key(path: Path) -> bytes:
     return os.fsencode(named(path))
 
 
+def _tables() -> list[tuple[str, tuple[str, ...], tuple[str, ...], str]]:
+    """The tables of a catalog: name, columns, primary key, and how it is made."""
+    with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
+        database.executescript(_SCHEMA + _LATER)
+        tables = []
+        for name, made in database.execute("SELECT name, sql FROM sqlite_master WHERE type = 'table'").fetchall():
+            columns = database.execute(f"PRAGMA table_info({name})").fetchall()
+            key = tuple(c[1] for c in columns if c[5])
+            tables.append((name, tuple(c[1] for c in columns), key, made))
+        return tables
+
+
+def _views(database: sqlite3.Connection) -> str:
+    """The statements that put in front of each table one of what is learnt, and a view of both in its place."""
+    there = {row[0] for row in database.execute("SELECT name FROM main.sqlite_master WHERE type = 'table'").fetchall()}
+    script = []
+    for name, columns, key, made in _tables():
+        learnt, names = _LEARNT + name, ", ".join(columns)
+        script.append(made.replace(f"CREATE TABLE {name} ", f"CREATE TEMP TABLE {learnt} ", 1))
+        view = f"SELECT {names} FROM temp.{learnt}"
+        if name in there:
+            same = " AND ".join(f"l.{column} = m.{column}" for column in key)
+            view += f" UNION ALL SELECT {names} FROM main.{name} m WHERE NOT EXISTS"
+            view += f" (SELECT 1 FROM temp.{learnt} l WHERE {same})"
+        new = ", ".join(f"NEW.{column}" for column in columns)
+        put = f"INSERT OR REPLACE INTO {learnt} VALUES ({new})"
+        gone = " AND ".join(f"{column} = OLD.{column}" for column in key)
+        script += [
+            f"CREATE TEMP VIEW {name} AS {view}",
+            f"CREATE TEMP TRIGGER insert_{name} INSTEAD OF INSERT ON {name} BEGIN {put}; END",
+            f"CREATE TEMP TRIGGER update_{name} INSTEAD OF UPDATE ON {name} BEGIN {put}; END",
+            f"CREATE TEMP TRIGGER delete_{name} INSTEAD OF DELETE ON {name}"
+            f" BEGIN DELETE FROM {learnt} WHERE {gone}; END",
+        ]
+    return ";\n".join(script) + ";"
+
+
 class Catalog:
     """Facts about files, by absolute path. Thread safety: any number of threads; processes share one file.
 
-    Without a path, or where the path cannot be written, the facts live in memory as long as the catalog does.
+    Without a path, or where the path cannot be written, the facts live in memory as long as the catalog does. With
+    ``read_only`` they do too, in front of those of the file, which is not touched until ``keep_in`` is called.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
         self._lock = threading.Lock()
-        self._database = self._open(path) if path else None
+        self._learnt = ""
+        self._database = None
+        if path is not None:
+            self._database = self._look(path) if read_only else self._open(path)
         if self._database is None:
             self._database = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
             self._database.executescript(_SCHEMA)
-        # A catalog that cannot be written has none of them: what is asked of them is unknown.
-        with contextlib.suppress(sqlite3.Error):
-            self._database.executescript(_LATER)
+        if not self._learnt:
+            # A catalog that cannot be written has none of them: what is asked of them is unknown.
+            with contextlib.suppress(sqlite3.Error):
+                self._database.executescript(_LATER)
 
     def _open(self, path: Path) -> sqlite3.Connection | None:
         for attempt in range(2):
@@ -129,6 +177,47 @@ class Catalog:
                 with contextlib.suppress(OSError):
                     path.unlink()
         return None
+
+    def _look(self, path: Path) -> sqlite3.Connection | None:
+        """The catalog at ``path``, not to be changed: a view of each table shows what is learnt and what it has."""
+        database = None
+        try:
+            if not path.is_file():
+                return None
+            address = f"file:{quote(os.fsencode(os.path.abspath(path)))}?mode=ro"
+            database = sqlite3.connect(address, uri=True, timeout=5, check_same_thread=False, isolation_level=None)
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (1, _SCHEMA_VERSION):
+                raise sqlite3.DatabaseError(f"catalog of version {version}")
+            database.execute("PRAGMA temp_store = MEMORY")
+            database.executescript(_views(database))
+            database.execute("SELECT path, size, tensors FROM files LIMIT 1").fetchone()
+        except (sqlite3.Error, OSError) as error:
+            if database is not None:
+                database.close()
+            log.info("the catalog %s cannot be read (%s): facts are kept in memory", path, error)
+            return None
+        self._learnt = _LEARNT
+        return database
+
+    def keep_in(self, path: Path | None) -> None:
+        """Keep the facts in the file at ``path`` from now on, those too that were learnt so far."""
+        kept = self._open(path) if path is not None else None
+        if kept is None:
+            return
+        with self._lock:
+            looked, learnt = self._database, self._learnt
+            assert looked is not None
+            self._database, self._learnt = kept, ""
+            with contextlib.suppress(sqlite3.Error):
+                kept.executescript(_LATER)
+            for table, columns, _, _ in _tables():
+                names = ", ".join(columns)
+                with contextlib.suppress(sqlite3.Error):
+                    rows = looked.execute(f"SELECT {names} FROM {learnt}{table}").fetchall()
+                    marks = ", ".join("?" * len(columns))
+                    kept.executemany(f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({marks})", rows)
+            looked.close()
 
     @contextlib.contextmanager
     def _cursor(self) -> Iterator[sqlite3.Connection]:

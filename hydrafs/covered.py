@@ -109,13 +109,14 @@ def catalogs_folder() -> Path | None:
     return _catalogs[0] if _catalogs else None
 
 
-def catalog_of(root: Path) -> Path | None:
-    """The catalog of the covered store at ``root``; ``None`` where there is no folder for it."""
+def catalog_of(root: Path, *, make: bool = True) -> Path | None:
+    """The catalog of the covered store at ``root``; ``None`` where there is no folder for it, which ``make`` makes."""
     if not _catalogs:
         return None
     digest = hashlib.sha256(os.fsencode(named(root))).hexdigest()[:32]
     try:
-        _catalogs[0].mkdir(parents=True, exist_ok=True, mode=0o700)
+        if make:
+            _catalogs[0].mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return None
     return _catalogs[0] / f"{digest}.sqlite"

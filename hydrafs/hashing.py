@@ -79,7 +79,7 @@ class KnownHashes:
         found = self.of(entry.path, entry.path.stat(), is_diff=entry.is_diff)
         if SHA256 not in found and not entry.is_diff and self._store.private.is_dir():
             # A link that is being made changes the identity of a file a moment before the catalog is told.
-            with contextlib.suppress(HydraError), self._store.lock():
+            with contextlib.suppress(HydraError), self._store.rest():
                 found = self.of(entry.path, entry.path.stat(), is_diff=False)
         return found
 

@@ -142,7 +142,7 @@ def remember(store: Store, path: Path, before: os.stat_result, sha256: bytes) ->
     with contextlib.ExitStack() as stack:
         # Whoever links holds the lock. A link in between would leave the fact with an identity that is no more.
         with contextlib.suppress(HydraError):  # a store that cannot be written to: nobody links there either
-            stack.enter_context(store.lock(_REMEMBER_SECONDS))
+            stack.enter_context(store.rest(_REMEMBER_SECONDS))
         now = os.stat(path)
         if not is_unchanged(before, now):
             return False

@@ -9,7 +9,10 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import pwd
+import stat as stat_module
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -33,6 +36,7 @@ PRIVATE = ".hydrafs"
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 _MAX_LINKS = 40  # as path_resolution(7) has it
 _LOOK_SECONDS = 0.005
+_LOOKER_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +63,60 @@ def listed_name(name: str) -> str:
     return name[: -len(SUFFIX)] if name.endswith(SUFFIX) and len(name) > len(SUFFIX) else name
 
 
+_MARKS = ("store.json", "config.toml", "catalog.sqlite", "held", "retired", "trash")
+"""What hydrafs keeps in ``.hydrafs``: a folder that holds none of it is not hydrafs' own."""
+_PRECIOUS = ("held", "retired", "trash")
+
+
 def find_root(path: Path) -> Path | None:
-    """The store that ``path`` is in: the nearest folder above it that holds ``.hydrafs``."""
+    """The store that ``path`` is in: the nearest marked folder, it or one above it (``is_marked``).
+
+    From below, ``/`` and a home are a store only where their ``.hydrafs`` keeps models for others or a configuration:
+    a mark that got there by accident would make one store of everything.
+    """
     for folder in (path, *path.parents):
-        if (folder / PRIVATE).is_dir():
+        if is_marked(folder) and (folder == path or not _is_everything(folder) or _is_kept_in(folder)):
             return folder
     return None
+
+
+def is_marked(folder: Path) -> bool:
+    """Whether a folder is a store: its ``.hydrafs`` is a real folder with something of hydrafs' own in it, or an empty
+    one, as who marks a store by hand makes it. Where anybody may put files, it must be the user's, or root's, or be of
+    who owns the folder."""
+    private = folder / PRIVATE
+    try:
+        stat = os.lstat(private)
+        if not stat_module.S_ISDIR(stat.st_mode):
+            return False
+        above = os.stat(folder)
+        if above.st_mode & stat_module.S_IWOTH and stat.st_uid not in (0, os.geteuid(), above.st_uid):
+            return False
+        names = os.listdir(private)
+        return not names or any(name in _MARKS for name in names)
+    except OSError:
+        return False
+
+
+def _is_everything(folder: Path) -> bool:
+    """Whether a folder is the top of the tree, or somebody's home."""
+    if folder == folder.parent:
+        return True
+    homes = {os.path.expanduser("~")}
+    with contextlib.suppress(KeyError, OSError):
+        homes.add(pwd.getpwuid(os.stat(folder).st_uid).pw_dir)
+    return any(os.path.realpath(home) == os.fspath(folder) for home in homes)
+
+
+def _is_kept_in(folder: Path) -> bool:
+    """Whether the store ``folder`` keeps models for others, or was configured."""
+    if (folder / PRIVATE / "config.toml").is_file():
+        return True
+    for name in _PRECIOUS:
+        with contextlib.suppress(OSError):
+            if os.listdir(folder / PRIVATE / name):
+                return True
+    return False
 
 
 def leads_into(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -105,6 +157,9 @@ def leads_into(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> 
 class Store:
     """A directory tree of models, diffs and other files, and what hydrafs knows of it.
 
+    ``begin``, which ``lock`` calls, is the moment from which on the store is acted on. Before it nothing is changed on
+    the disk: what is learnt is kept in memory.
+
     Thread safety: lookups from any number of threads; the configuration is changed by one at a time.
     """
 
@@ -115,8 +170,12 @@ class Store:
     lock_seconds: float | None = None
     """How long ``lock`` waits where its caller does not say; None for as long as it takes."""
 
-    def __init__(self, root: str | os.PathLike[str], *, create: bool = False) -> None:
-        """Open the store at ``root``; ``create`` makes its ``.hydrafs`` folder.
+    def __init__(self, root: str | os.PathLike[str], *, create: bool = False, looks: bool = False) -> None:
+        """Open the store at ``root``.
+
+        Args:
+            create: make its ``.hydrafs`` folder at once.
+            looks: change nothing before ``begin``. Else what is learnt is kept at once where there is a ``.hydrafs``.
 
         Raises:
             NotFound, Denied: there is no such folder, or it may not be read or written.
@@ -127,20 +186,46 @@ class Store:
             if not self.root.is_dir():
                 raise UsageError("a store is a folder", where=path, remedy="name the folder that holds the models")
             os.scandir(self.root).close()
-            if create:
-                self.private.mkdir(exist_ok=True)
         except OSError as error:
             raise from_oserror(error, "cannot open the store", path) from error
-        self.catalog = Catalog(self._catalog_path() if self.private.is_dir() else None)
+        self._begun = False
+        self._beginning = threading.Lock()
         self._pins_of = (0, 0)
+        self.catalog = Catalog(self._catalog_path(looks=True), read_only=True)
         self._configure()
+        if create or (not looks and self.private.is_dir()):
+            self.begin()
 
-    def _catalog_path(self) -> Path | None:
+    def begin(self) -> None:
+        """Act on the store from now on: make its ``.hydrafs`` where there is none, and keep what is known in the
+        catalog there. To be called once nothing can be refused any more; again it does nothing.
+
+        Raises:
+            HydraError: the store cannot be written to.
+        """
+        with self._beginning:
+            if self._begun:
+                return
+            try:
+                self.private.mkdir(exist_ok=True)
+            except FileExistsError:
+                raise UsageError(
+                    "a store cannot be made here",
+                    where=self.private,
+                    detail="something of that name stands there",
+                    remedy="move it away, or name another folder",
+                ) from None
+            except OSError as error:
+                raise from_oserror(error, "cannot open the store", self.root) from error
+            self.catalog.keep_in(self._catalog_path())
+            self._begun = True
+
+    def _catalog_path(self, *, looks: bool = False) -> Path | None:
         own = self.private / "catalog.sqlite"
         if not is_covered(self.root):
             return own
-        elsewhere = catalog_of(self.root)
-        if elsewhere is not None:
+        elsewhere = catalog_of(self.root, make=not looks)
+        if elsewhere is not None and not looks:
             with contextlib.suppress(OSError):
                 if not elsewhere.exists() or elsewhere.stat().st_mtime_ns < own.stat().st_mtime_ns:
                     elsewhere.write_bytes(own.read_bytes())
@@ -180,7 +265,7 @@ class Store:
         try:
             with self._config_path.open("rb") as file:
                 return tomllib.load(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(
@@ -291,6 +376,7 @@ class Store:
             HydraError: the store cannot be written to.
         """
         seconds = self.lock_seconds if seconds is None else seconds
+        self.begin()
         try:
             self.private.mkdir(exist_ok=True)
             fd = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -304,6 +390,27 @@ class Store:
             yield
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def rest(self, seconds: float | None = None) -> Iterator[None]:
+        """Keep others from changing the store, as ``lock`` does, where it is acted on. Who only looks makes no lock,
+        and waits two seconds at most for who has one: then he sees the store as it is.
+
+        Raises:
+            StoreLocked: somebody had it for longer than whoever acts waits.
+            HydraError: the store cannot be written to.
+        """
+        if self._begun:
+            with self.lock(seconds):
+                yield
+            return
+        with contextlib.ExitStack() as stack:
+            # No lock: nobody has changed this store yet. Locks may be unknown to its filesystem, or want to write.
+            with contextlib.suppress(OSError, StoreLocked):
+                fd = os.open(self.private / "lock", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, fd)
+                self._lock_within(fd, min(_LOOKER_SECONDS, seconds or _LOOKER_SECONDS))
+            yield
 
     def _lock_within(self, fd: int, seconds: float) -> None:
         deadline = time.monotonic() + seconds
