@@ -34,6 +34,8 @@ _ANSWERS = frozenset(
 def errno_of(error: BaseException) -> int:
     """The positive errno that ``error`` is told to the kernel as: its own where it has one, otherwise EIO."""
     number = error.errno if isinstance(error, (OSError, HydraError)) else None
+    if number in (errno.ENOTCONN, errno.ECONNABORTED):
+        return errno.EIO  # of a filesystem below: to who asks our mount, it would mean that we are dead
     # The kernel takes errnos below 512 from a filesystem; ENOSYS would make it stop asking, for the mount's whole life.
     return number if isinstance(number, int) and 0 < number < 512 and number != errno.ENOSYS else errno.EIO
 

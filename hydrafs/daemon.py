@@ -23,6 +23,7 @@ from typing import Any
 from hydrafs import errors
 from hydrafs.errors import Denied, HydraError, MountFailed, UsageError, from_oserror
 from hydrafs.fuse import Binding, Tree, load_binding, serve
+from hydrafs.limits import raise_open_files
 from hydrafs.mountpoints import MountInfo, clear_stale, raise_readahead, wait_until_answers
 
 __all__ = ["Watch", "await_mount", "serve_here", "serve_order", "serve_told"]
@@ -89,6 +90,7 @@ def serve_here(
     factory: Callable[[], Tree], path: Path, arguments: Sequence[str], binding: Binding, on_init: Callable[[], None]
 ) -> None:
     """Make the tree and serve it until the mount is taken down."""
+    raise_open_files()
     tree = factory()
     os.chdir("/")
     if threading.current_thread() is not threading.main_thread():
@@ -221,8 +223,10 @@ def _await_end(pid: int, seconds: float) -> None:
 def _messages(receive: int, path: Path, seconds: float) -> Iterator[dict[str, Any]]:
     """The lines of JSON that come from ``receive``, until it is closed; ``seconds`` is how long to wait for each."""
     buffered = b""
+    ready = select.poll()  # select(2) takes no descriptor from 1024 on
+    ready.register(receive, select.POLLIN)
     while True:
-        if not select.select([receive], [], [], seconds)[0]:
+        if not ready.poll(seconds * 1000):
             raise MountFailed("the daemon does not answer", where=path, detail=f"for {seconds:g} s")
         got = os.read(receive, 1 << 16)
         if not got:

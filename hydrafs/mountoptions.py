@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrafs.errors import UsageError
+from hydrafs.sizes import parse_nbytes
 
 __all__ = ["MountOptions", "parse_options"]
-
-_SIZE_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +96,10 @@ def parse_options(text: str) -> MountOptions:
         elif equals and name in _VALUED:
             try:
                 fields.update(_value(name, value))
-            except ValueError as error:
+            except (ValueError, UsageError) as error:
+                detail = "expected a size as 512M or 4G" if isinstance(error, UsageError) else str(error)
                 raise UsageError(
-                    "bad mount option", where=option, detail=str(error), remedy="give a value of that kind"
+                    "bad mount option", where=option, detail=detail, remedy="give a value of that kind"
                 ) from None
         elif option not in _ACCEPTED and not option.startswith(_IGNORED_PREFIXES):
             known = ", ".join([*_SWITCHES, *sorted(_FLAGS), *(f"{name}=" for name in _VALUED)])
@@ -109,7 +109,7 @@ def parse_options(text: str) -> MountOptions:
 
 def _value(name: str, value: str) -> dict[str, object]:
     if name == "cache_size":
-        return {"cache_nbytes": _parse_nbytes(value)}
+        return {"cache_nbytes": parse_nbytes(value)}
     if name == "fsname":
         if not value:
             raise ValueError("expected a name")
@@ -123,10 +123,3 @@ def _value(name: str, value: str) -> dict[str, object]:
     if number > highest:
         raise ValueError(expected)
     return {name: number}
-
-
-def _parse_nbytes(text: str) -> int:
-    number, unit = text.rstrip("kmgtKMGT"), text[len(text.rstrip("kmgtKMGT")) :].lower()
-    if unit not in _SIZE_UNITS or not 0 < len(number) <= 15 or set(number) - set("0123456789"):
-        raise ValueError("expected a size as 512M or 4G")
-    return int(number) * _SIZE_UNITS[unit]

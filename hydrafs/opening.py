@@ -19,7 +19,7 @@ from pathlib import Path
 
 from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX, DiffFile
-from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable
+from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable, is_shortage
 from hydrafs.identity import FileIdentity, is_unchanged, probe, sha256
 from hydrafs.keeping import is_parent, place_of, remember
 from hydrafs.layout import FileSource
@@ -119,6 +119,8 @@ class Opener:
                 trouble = error
                 continue
             except HydraError as error:
+                if is_shortage(error):
+                    raise
                 log.debug("%s cannot serve as %s: %s", path, parent.name, error)
                 if listed_name(path.name) == Path(parent.name).name:
                     unreadable = unreadable or (path, error)

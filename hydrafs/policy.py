@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydrafs.errors import UsageError
+from hydrafs.sizes import parse_nbytes
 from hydrafs.store import Store
 
 __all__ = ["MIN_NBYTES", "SETTLE_SECONDS", "Policy"]
@@ -55,7 +56,7 @@ class Policy:
         fields: dict[str, Any] = {
             "enabled": mode == "auto",
             "settle_seconds": float(value("settle", (int, float), SETTLE_SECONDS)),
-            "min_nbytes": value("min_size", int, MIN_NBYTES),
+            "min_nbytes": _nbytes(value("min_size", (int, str), MIN_NBYTES), where),
             "include": texts("include"),
             "exclude": texts("exclude"),
         }
@@ -84,3 +85,15 @@ _WILD = frozenset("*?[]!")
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.rpartition("/")[2], pattern)
+
+
+def _nbytes(given: int | str, where: object) -> int:
+    """``min_size`` of the configuration: bytes, or a text as ``--min-size`` takes it."""
+    if isinstance(given, int):
+        return given
+    try:
+        return parse_nbytes(given)
+    except UsageError as error:
+        raise UsageError(
+            f"{_SECTION}.min_size is no size", where=where, detail=repr(given), remedy=error.remedy
+        ) from None

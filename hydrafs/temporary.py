@@ -6,13 +6,14 @@ Rule: a commit is: temporary file, fsync, rename, fsync of the folder. Only then
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
 from pathlib import Path
 from typing import BinaryIO
 
-from hydrafs.errors import AlreadyThere, from_oserror
+from hydrafs.errors import AlreadyThere, from_oserror, has_no_locks
 
 __all__ = ["TEMPORARY", "TemporaryFile", "fsync_folder", "remove_leftovers"]
 
@@ -22,10 +23,17 @@ _WRITE_BACK_NBYTES = 32 << 20
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make renames and removals in ``folder`` survive a power cut."""
+    """Make renames and removals in ``folder`` survive a power cut.
+
+    Some filesystems (shared folders of virtual machines, older CIFS, some of FUSE) know no fsync of a folder and say
+    EINVAL or ENOTSUP: the order of what was renamed is all that there is on them. Any other error is one.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
     finally:
         os.close(fd)
 
@@ -33,7 +41,8 @@ def fsync_folder(folder: Path) -> None:
 class TemporaryFile:
     """A file that does not exist under its name until ``commit``. Leaving the context without it removes the file.
 
-    It is locked while it is open, so that another process can tell it from one that a crash left behind.
+    It is locked while it is open, so that another process can tell it from one that a crash left behind. On a
+    filesystem without locks it is not: nobody can tell then, and ``remove_leftovers`` removes nothing there.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,8 +51,18 @@ class TemporaryFile:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise from_oserror(error, "cannot write in", folder) from error
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self.file: BinaryIO = os.fdopen(fd, "w+b", buffering=1 << 20)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if not has_no_locks(error):
+                    raise from_oserror(error, "cannot lock a file in", folder) from error
+            self.file: BinaryIO = os.fdopen(fd, "w+b", buffering=1 << 20)
+        except BaseException:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+            raise
         self._written_back = 0
 
     def write_back(self) -> None:

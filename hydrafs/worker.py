@@ -36,6 +36,7 @@ from hydrafs.errors import Changing, HydraError, printable
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import plain_text
 from hydrafs.leases import Lease
+from hydrafs.limits import raise_open_files
 from hydrafs.logs import Style, log_to
 from hydrafs.looking import watched
 from hydrafs.needs import needs
@@ -323,6 +324,7 @@ def yield_to_others() -> None:
 
 def run_order(order: Mapping[str, Any]) -> None:
     """What the child of a ``Helper`` runs: work on the store that ``order`` names until stdin is closed."""
+    raise_open_files()
     root: str = order["root"]
     if order["covered"] >= 0:
         descriptor = f"/proc/{os.getpid()}/fd/{order['covered']}"

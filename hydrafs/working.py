@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from hydrafs.errors import NoLocks, from_oserror, has_no_locks
 from hydrafs.store import Store
 from hydrafs.temporary import TEMPORARY
 
@@ -52,9 +53,12 @@ class Work(msgspec.Struct, frozen=True):
 def tell(store: Store, work: Work) -> None:
     """Say what is done now; whoever asks while it is written gets what was said before."""
     temporary = store.private / f"{TEMPORARY}{secrets.token_hex(8)}"
-    with contextlib.suppress(OSError, ValueError):
+    try:
         temporary.write_bytes(msgspec.json.encode(work))
         os.replace(temporary, store.private / _TOLD)
+    except (OSError, ValueError):  # a full disk, where the name would be there all the same
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def told(store: Store) -> Work:
@@ -76,13 +80,27 @@ def told(store: Store) -> Work:
 
 @contextlib.contextmanager
 def alone(store: Store) -> Iterator[bool]:
-    """Be the worker of the store, if there is no other."""
-    fd = os.open(store.private / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """Be the worker of the store, if there is no other.
+
+    Raises:
+        NoLocks: the filesystem has none.
+        HydraError: the lock file cannot be made.
+    """
+    path = store.private / _LOCK
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise from_oserror(error, "cannot lock the store", path) from error
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_alone = True
+        except BlockingIOError:
+            is_alone = False
+        except OSError as error:
+            kind = NoLocks("cannot lock the store", where=path, detail=error.strerror or "")
+            raise kind if has_no_locks(error) else from_oserror(error, "cannot lock the store", path) from error
+        yield is_alone  # once, whatever the body raises
     finally:
         os.close(fd)
 

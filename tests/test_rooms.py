@@ -10,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
-    "version", "child", "covered", "allocator", "errors", "logs", "dtypes", "attributes", "cache", "layout",
+    "version", "child", "covered", "allocator", "limits", "errors", "sizes",
+    "logs", "dtypes", "attributes", "cache", "layout",
     "identity", "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
     "diff", "composition", "catalog", "temporary", "walk", "store", "suspect", "journal", "needs", "keeping",
     "renaming", "leases",

@@ -15,6 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from hydrafs.errors import HydraError, from_oserror
+from hydrafs.limits import raise_open_files
 from hydrafs.version import __version__
 
 _COMMANDS = {
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Run ``command`` with ``arguments`` (default: what the process was called with); its exit code. One line on stderr
     says what failed."""
+    raise_open_files()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show is no reason to fail
     try:

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import click
 
-from hydrafs.cli.common import parse_nbytes
 from hydrafs.policy import MIN_NBYTES, SETTLE_SECONDS
+from hydrafs.sizes import parse_nbytes
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 

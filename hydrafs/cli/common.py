@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from hydrafs.covered import cover, keep_catalogs_in, shown
-from hydrafs.errors import NotFound, UsageError, printable
+from hydrafs.errors import NotFound, printable
 from hydrafs.logs import Style
 from hydrafs.mountpoints import our_mounts, resolve
 from hydrafs.service.control import ask, runtime_folders
@@ -81,20 +81,6 @@ def find_model(name: str | os.PathLike[str]) -> tuple[Store, ModelEntry]:
 def default_jobs(jobs: int | None) -> int:
     """How many threads code."""
     return jobs or max(1, os.cpu_count() or 1)
-
-
-def parse_nbytes(text: str) -> int:
-    """A size such as ``4G`` or ``512MiB`` in bytes."""
-    units = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-    number = text.strip().lower().removesuffix("b").removesuffix("i")
-    digits, unit = (number[:-1], number[-1]) if number[-1:].isalpha() else (number, "")
-    try:
-        nbytes = int(float(digits) * units[unit])
-    except (KeyError, ValueError, OverflowError):
-        nbytes = 0
-    if nbytes < 1:
-        raise UsageError("not a size", where=text, remedy="write it as 512M or 4G")
-    return nbytes
 
 
 def human(nbytes: float) -> str:

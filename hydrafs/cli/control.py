@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, parse_nbytes, print_json, say
+from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, print_json, say
 from hydrafs.errors import UsageError
 from hydrafs.mountpoints import resolve
+from hydrafs.sizes import parse_nbytes
 
 _ACTIONS = ("cache-size", "drop", "log-level", "pause", "prefetch", "reload", "resume")
 

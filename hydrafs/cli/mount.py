@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from hydrafs.cli.background import policy_given, policy_options
-from hydrafs.cli.common import catalogs, log_format_option, open_store, parse_nbytes, service_log
+from hydrafs.cli.common import catalogs, log_format_option, open_store, service_log
 from hydrafs.covered import keep_catalogs_in
 from hydrafs.helper import Helper
 from hydrafs.logs import log_to
@@ -23,6 +23,7 @@ from hydrafs.service.memory import fitting_cache, limit_nbytes
 from hydrafs.service.metrics import parse_address
 from hydrafs.service.running import Served, Settings
 from hydrafs.service.running import warm as start_warming
+from hydrafs.sizes import parse_nbytes
 
 log = logging.getLogger("hydrafs.cli.mount")
 

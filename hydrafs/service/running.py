@@ -149,7 +149,7 @@ class Served(Observed):
                 # Not msgspec: names may hold bytes that are no UTF-8, which only escapes carry.
                 temporary.file.write(json.dumps(opened).encode())
                 temporary.commit(self._notes(), replace=True)
-        except HydraError as error:  # a store that cannot be written: nothing is noted
+        except (HydraError, OSError) as error:  # a store that is full, or cannot be written: nothing is noted
             log.debug("what was opened is not noted: %s", error)
 
     def _status_line(self) -> str:
