@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "child", "covered", "allocator", "limits", "errors", "sizes",
     "logs", "dtypes", "attributes", "cache", "layout",
-    "identity", "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
+    "identity", "filesystem", "openfiles", "leases",
+    "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
     "diff", "composition", "catalog", "temporary", "walk", "store", "suspect", "journal", "needs", "keeping",
-    "renaming", "leases",
+    "renaming",
     "replacing", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
     "committing", "dehydrate", "tending", "activity", "policy", "looking", "working", "tried", "worker", "helper",

@@ -1,0 +1,278 @@
+"""A parent is quiet: nobody can write to a file that is hashed as one, committed as one, or read without checksums."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from writing_process import HOWS, writing
+
+from hydrafs import filesystem, leases
+from hydrafs.errors import Changing
+from hydrafs.leases import Lease, QuietFile
+from hydrafs.openfiles import Writers, writers
+
+NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.ENOSYS)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def rested(path: Path, data: bytes = bytes(1 << 20)) -> Path:
+    """A file whose times are old enough to tell what is written later."""
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        until(lambda: filesystem.is_settled(path.stat(), file.fileno()))
+    return path
+
+
+@pytest.fixture
+def without_leases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The kernel refuses leases with the errno that the test is given."""
+    number: int = getattr(request, "param", errno.EINVAL)
+    refuse_leases(monkeypatch, number)
+    return number
+
+
+def refuse_leases(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    original = fcntl.fcntl
+
+    def refused(fd: int, command: int, argument: int | bytes = 0) -> object:
+        if (command, argument) == (fcntl.F_SETLEASE, fcntl.F_RDLCK):
+            raise OSError(number, os.strerror(number))
+        return original(fd, command, argument)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    monkeypatch.setattr(leases, "_seen_quiet", {})
+
+
+class TestWriters:
+    @pytest.mark.parametrize("how", HOWS)
+    def test_each_way_to_write_is_seen(self, tmp_path: Path, how: str) -> None:
+        path = rested(tmp_path / "model")
+        with path.open("rb") as file:
+            assert writers(file.fileno()) is Writers.NOBODY
+            with writing(path, how) as other:
+                assert writers(file.fileno()) is Writers.SOMEBODY
+                other.tell("close")
+                until(lambda: writers(file.fileno()) is Writers.NOBODY)
+
+    def test_readers_do_not_count(self, tmp_path: Path) -> None:
+        path = rested(tmp_path / "model")
+        code = (
+            "import mmap, sys\nfile = open(sys.argv[1], 'rb')\n"
+            "mapping = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\nprint(flush=True)\ninput()"
+        )
+        command = [sys.executable, "-c", code, path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout and process.stdout.readline()
+            with path.open("rb") as file:
+                assert writers(file.fileno()) is Writers.NOBODY
+            process.communicate(b"\n")
+
+    def test_who_may_not_look_at_others_does_not_know(self, tmp_path: Path) -> None:
+        path = rested(tmp_path / "model")
+        path.chmod(0o644)
+        tmp_path.chmod(0o755)
+        code = (
+            "import os, sys\nfrom hydrafs.openfiles import writers\nfd = os.open(sys.argv[1], os.O_RDONLY)\n"
+            "os.setgid(65534)\nos.setuid(65534)\nprint(writers(fd).name)"
+        )
+        for folder in (tmp_path, *tmp_path.parents):
+            assert folder.stat().st_mode & 0o100
+        done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+        assert done.stdout == "UNKNOWN\n"
+
+
+class TestLeases:
+    @pytest.mark.parametrize("how", HOWS)
+    def test_who_can_write_already(self, tmp_path: Path, how: str) -> None:
+        path = rested(tmp_path / "model")
+        with writing(path, how) as other:
+            with QuietFile(path) as file:
+                assert file.quiet.writers is Writers.SOMEBODY
+                assert not file.quiet.stands()
+                with pytest.raises(Changing, match="model"):
+                    file.quiet.check()
+            other.tell("close")
+        with QuietFile(path) as file:
+            assert file.quiet.is_kernels
+            assert file.quiet.stands()
+            file.quiet.check()
+
+    @pytest.mark.parametrize("how", HOWS)
+    def test_who_comes_later_is_not_held_up_and_is_noticed(self, tmp_path: Path, how: str) -> None:
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file, QuietFile(path) as same:
+            assert file.quiet.stands()
+            begun = time.monotonic()
+            with writing(path, how):
+                assert time.monotonic() - begun < 30
+                assert not file.quiet.stands()
+                assert not same.quiet.stands()
+                with pytest.raises(Changing):
+                    file.quiet.check()
+
+    def test_this_process_is_not_held_up_either(self, tmp_path: Path) -> None:
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file:
+            with path.open("r+b"):
+                assert not file.quiet.stands()
+            os.truncate(path, 10)
+            assert not file.quiet.stands()
+
+    def test_it_is_quiet_again_once_who_could_write_has_not(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(leases, "_AGAIN_SECONDS", 0.0)
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file:
+            for how in HOWS:
+                with writing(path, how) as other:
+                    assert not file.quiet.stands()
+                    other.tell("close")
+                if how == "dirty":  # it wrote what was there, and nobody knows
+                    break
+                until(file.quiet.stands)
+                with pytest.raises(Changing):  # who must not be disturbed at all was
+                    file.quiet.check()
+            assert how != "dirty" or not file.quiet.stands()
+
+    def test_one_thread_watches_five_hundred(self, tmp_path: Path) -> None:
+        rested(tmp_path / "model")
+        before = threading.active_count()
+        paths = [tmp_path / str(number) for number in range(250)]
+        for path in paths:
+            path.write_bytes(b"model")
+        files = [QuietFile(path) for path in (*paths, *paths)]
+        try:
+            assert threading.active_count() <= before + 1
+            assert all(file.quiet.stands() for file in files)
+            descriptors = len(os.listdir("/proc/self/fd"))
+            more = QuietFile(paths[0])
+            assert len(os.listdir("/proc/self/fd")) == descriptors + 1  # the file is open twice, the lease is one
+            more.close()
+            begun = time.monotonic()
+            subprocess.run(
+                [sys.executable, "-c", "import sys\nfor p in sys.argv[1:]: open(p,'r+b')", *paths], check=True
+            )
+            assert time.monotonic() - begun < 30
+            assert not any(file.quiet.stands() for file in files)
+        finally:
+            for file in files:
+                file.close()
+
+    def test_a_forked_child_leaves_its_parents_leases_alone(self, tmp_path: Path) -> None:
+        path = rested(tmp_path / "model")
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        with QuietFile(path) as file:
+
+            def child() -> None:
+                stood = file.quiet.stands()
+                with QuietFile(path) as again:
+                    theirs.send((stood, again.quiet.stands()))
+                    theirs.recv()
+
+            process = context.Process(target=child)
+            process.start()
+            assert ours.recv() == (False, True)
+            assert file.quiet.stands()
+            begun = time.monotonic()
+            with path.open("r+b"):
+                assert time.monotonic() - begun < 30
+            ours.send(None)
+            process.join(30)
+            assert process.exitcode == 0
+
+    def test_who_waited_goes_on_when_the_file_is_closed(self, tmp_path: Path) -> None:
+        path = rested(tmp_path / "model")
+        QuietFile(path).close()
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # EAGAIN where a lease is there
+        os.close(fd)
+
+
+class TestWithoutLeases:
+    @pytest.mark.parametrize("without_leases", NO_LEASES, indirect=True, ids=os.strerror)
+    def test_the_processes_are_looked_through(self, tmp_path: Path, without_leases: int) -> None:
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file:
+            assert not file.quiet.is_kernels
+            assert file.quiet.stands()
+            file.quiet.check(look=True)
+            with writing(path, "mapping") as other:
+                other.write(5, 1)
+                assert not file.quiet.stands()
+                with pytest.raises(Changing):
+                    file.quiet.check(look=True)
+        with writing(path, "mapping"), QuietFile(path) as file:
+            assert not file.quiet.stands()
+        with writing(path, "promise"), pytest.raises(Changing):
+            Lease(path)
+
+    def test_eagain_is_a_writer_on_a_disk_of_this_machine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refuse_leases(monkeypatch, errno.EAGAIN)
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file:
+            assert file.quiet.writers is Writers.SOMEBODY
+
+    @pytest.mark.parametrize("kind", [0x6969, 0xFF534D42, 0xFE534D42, 0x65735546, 0x0BD00BD0])
+    def test_eagain_is_no_writer_on_a_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+        refuse_leases(monkeypatch, errno.EAGAIN)
+        monkeypatch.setattr(filesystem, "_kind", lambda fd: kind)
+        monkeypatch.setattr(filesystem, "_COARSE_NS", 20_000_000)
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file:
+            assert file.quiet.stands()
+            with writing(path, "descriptor"), pytest.raises(Changing):
+                file.quiet.check(look=True)
+        with writing(path, "descriptor") as other:
+            other.write(7, 7)
+            with QuietFile(path) as file:
+                assert file.quiet.writers is Writers.SOMEBODY
+
+    def test_where_nothing_can_be_told_it_is_not_quiet(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_leases: int
+    ) -> None:
+        monkeypatch.setattr(leases, "writers", lambda fd, thorough=False: Writers.UNKNOWN)
+        path = rested(tmp_path / "model")
+        with QuietFile(path) as file:
+            assert not file.quiet.stands()
+            with pytest.raises(Changing, match="nobody can tell"):
+                file.quiet.check()
+
+
+def test_times_that_a_later_write_could_leave(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_bytes(b"model")
+    with path.open("rb") as file:
+        fd = file.fileno()
+        now = time.time_ns()
+
+        class Stat:
+            st_mtime_ns = now
+            st_ctime_ns = 1
+
+        assert not filesystem.is_settled(Stat, fd)  # type: ignore[arg-type]
+        Stat.st_mtime_ns = now + 3600 * 10**9
+        assert filesystem.is_settled(Stat, fd)  # type: ignore[arg-type]
+        Stat.st_mtime_ns = now // 10**9 * 10**9
+        assert not filesystem.is_settled(Stat, fd)  # type: ignore[arg-type]
+        Stat.st_mtime_ns, Stat.st_ctime_ns = 1, now
+        assert not filesystem.is_settled(Stat, fd)  # type: ignore[arg-type]
+        until(lambda: filesystem.is_settled(path.stat(), fd))
