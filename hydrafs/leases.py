@@ -270,7 +270,7 @@ class Quiet:
         return (then.st_mtime_ns, then.st_ctime_ns, then.st_size) == (now.st_mtime_ns, now.st_ctime_ns, now.st_size)
 
     def _once_more(self) -> bool:
-        if time.monotonic() - self._looked < max(_AGAIN_SECONDS, _COSTS * self._cost):
+        if time.monotonic() - self._looked < _AGAIN_SECONDS * max(1.0, _COSTS * self._cost):
             return False
         if not self._again.acquire(blocking=False):
             return False
@@ -296,7 +296,7 @@ class Quiet:
             look: without the kernel's help, look through all processes now; else once in a while.
         """
         if not self.was_broken and self._held is None and self.writers is Writers.NOBODY:
-            if look or time.monotonic() - self._looked >= max(_LOOK_SECONDS, _COSTS * self._cost):
+            if look or time.monotonic() - self._looked >= _LOOK_SECONDS * max(1.0, _COSTS * self._cost):
                 self.was_broken = self._look() is not Writers.NOBODY
             self.was_broken = self.was_broken or not is_unchanged(self._stat, os.fstat(self._fd))
         elif self._held is not None and not self._held.stands():
