@@ -1,136 +1,75 @@
-"""What must not be lost: removing and overwriting models that others need.
+"""What must not be lost: removing and overwriting models that others need, or may need.
 
 Goal: whatever happens to the name of a parent, the diffs that need it go on being served.
 Plan: a parent in use has a second hard link, ``.hydrafs/held/SHA256``; a model that is removed or replaced while others
 need it moves to ``.hydrafs/retired/SHA256``, where it is in no listing (``.hydra`` behind it where it is a diff).
 Rule 1: a parent goes nowhere before it has its place among the retired; each step is one rename(2) or link(2).
-Rule 2: who changes names holds the store's lock; a lock of a dead process is none.
-Rule 3: a place promises nothing of what is in it: who opens a parent proves it, wherever it stands.
+Rule 2: doubt keeps: while a folder cannot be listed or a diff not be read, what might be a parent is needed. Where its
+        SHA-256 is not known it is retired as ``unhashed-...``, and openers go by its size and a probe.
+Rule 3: who changes names holds the store's lock; a lock of a dead process is none. Nothing is copied under it: what can
+        be neither linked nor renamed is copied before, and the change is begun anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import secrets
 import stat as stat_module
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
-from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, Protected
-from hydrafs.identity import FileIdentity, is_unchanged, probe
+from hydrafs.filecopy import copy_attributes, copy_into
+from hydrafs.held import (
+    UNHASHED,
+    carried,
+    hold,
+    is_parent,
+    is_proven,
+    let_go,
+    link_over,
+    links_of,
+    place_of,
+    unhashed,
+)
+from hydrafs.identity import FileIdentity, is_unchanged, sha256
+from hydrafs.keptlinks import KeptLinks
 from hydrafs.layout import FileSource
-from hydrafs.manifest import Parent
-from hydrafs.needs import Need, needs
+from hydrafs.needs import Census, census
 from hydrafs.store import Store, looks_like_model, trailer_of
-from hydrafs.temporary import TEMPORARY, TemporaryFile, fsync_folder
+from hydrafs.temporary import TemporaryFile, fsync_folder
+from hydrafs.walk import Trouble
 
-__all__ = ["KeptLinks", "before_overwrite", "carried", "diff_of", "drop", "hold", "is_parent", "is_proven",
-           "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of", "remember", "remove_diff",
-           "remove_model", "standing"]  # fmt: skip
+__all__ = [
+    "Aside", "KeptLinks", "NeedsCopy", "before_overwrite", "carried", "copy_among_retired", "diff_of", "drop", "hold",
+    "is_parent", "is_proven", "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of",
+    "remember", "remove_diff", "remove_model", "standing", "unhashed", "with_copies",
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
-_FICLONE = 0x40049409
-_COPY_NBYTES = 8 << 20
+_T = TypeVar("_T")
+_TRIES = 16
 _SIDECAR_SECONDS = 1.0
 """How old the sizes of the parents may be when a file that is not called like a model is looked at."""
-_SETTLED_NS = 100_000_000
 _REMEMBER_SECONDS = 2.0
 """A fact that is remembered without the lock may be forgotten sooner. A mount that ends does not wait for it."""
+_TOLD_TROUBLES = 3
 
 
-def place_of(folder: Path, sha256: bytes, *, is_diff: bool) -> Path:
-    """Where a model of this SHA-256 is kept in ``folder``, which is ``Store.held`` or ``Store.retired``."""
-    return folder / (sha256.hex() + (SUFFIX if is_diff else ""))
+class Aside(Protocol):
+    """Where what is removed can be had back from for a while: ``hydrafs.trash.put``."""
 
-
-def is_proven(store: Store, path: Path, sha256: bytes) -> bool:
-    """Whether the file at ``path`` is known to have this SHA-256, without reading it."""
-    try:
-        return store.catalog.sha256(path, FileIdentity.of(os.stat(path))) == sha256
-    except OSError:
-        return False
-
-
-def is_parent(store: Store, path: Path, parent: Parent) -> bool:
-    """Whether the plain file at ``path`` is that parent, as far as the catalog, or its size and a probe, can tell.
-
-    Raises:
-        HydraError, OSError: it cannot be read.
-    """
-    stat = os.stat(path)
-    if stat.st_size != parent.size:
-        return False
-    known = store.catalog.sha256(path, FileIdentity.of(stat))
-    if known is not None:
-        return known == parent.sha256
-    with FileSource(path) as source:
-        return probe(source) == parent.probe
-
-
-# Holding
-
-
-def hold(store: Store, path: Path, sha256: bytes) -> bool:
-    """Give the parent at ``path`` a second link under ``Store.held``, so that it outlives its name.
-
-    Returns:
-        Whether a link is there; not where the filesystem is another one, or has no links, or forbids it.
-    """
-    is_diff = path.name.endswith(SUFFIX)
-    target = place_of(store.held, sha256, is_diff=is_diff)
-    source = real_path(path)
-    try:
-        store.held.mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(target):
-            if os.path.samestat(os.stat(source), os.lstat(target)):
-                return True
-            if not is_diff and is_proven(store, target, sha256) and not is_proven(store, path, sha256):
-                return True
-        with carried(store, path, source, target):
-            _link_over(source, target)
-    except OSError as error:
-        log.debug("%s is not held: %s", path, error)
-        return False
-    return True
-
-
-def _link_over(source: Path, target: Path) -> None:
-    """``target`` is a link to ``source``, whatever it was."""
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        temporary = target.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
-        os.link(source, temporary)
-        try:
-            os.replace(temporary, target)
-        finally:
-            # rename(2) leaves both names where they are links to one file.
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-
-@contextlib.contextmanager
-def carried(store: Store, path: Path, *to: Path) -> Iterator[None]:
-    """What is known of the file at ``path`` is known of it under ``path`` and ``to`` afterwards.
-
-    A link or a rename changes the ctime of a file, and with it its identity, and nothing of what is in it.
-    """
-    before = FileIdentity.of(os.stat(path))
-    yield
-    for place in dict.fromkeys((path, *to)):
-        with contextlib.suppress(OSError):
-            after = FileIdentity.of(os.stat(place))
-            same = (before.inode, before.device, before.size, before.mtime_ns)
-            if same == (after.inode, after.device, after.size, after.mtime_ns):
-                store.catalog.carry(path, before, place, after)
+    def __call__(self, store: Store, path: Path, *, stays: bool) -> bool:
+        """Put the file at ``path`` there, or with ``stays`` a link to it; whether that could be done. With ``stays``
+        false and ``True`` returned the file has left its name. The store's lock is held."""
 
 
 def remember(store: Store, path: Path, before: os.stat_result, sha256: bytes) -> bool:
@@ -150,93 +89,62 @@ def remember(store: Store, path: Path, before: os.stat_result, sha256: bytes) ->
     return True
 
 
-def let_go(store: Store, stat: os.stat_result, needed: dict[bytes, Need]) -> None:
-    """Remove the links to a file that is held or retired and that nobody needs, so that its space is freed."""
-    if stat.st_nlink < 2:
-        return
-    for folder in (store.held, store.retired):
-        with contextlib.suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.inode() != stat.st_ino or not os.path.samestat(entry.stat(follow_symlinks=False), stat):
-                    continue
-                digest = entry.name.removesuffix(SUFFIX)
-                if not any(sha256.hex() == digest for sha256 in needed):
-                    os.unlink(entry.path)
-
-
-def links_of(store: Store, stat: os.stat_result) -> list[Path]:
-    """Where a file is held."""
-    found = []
-    if stat.st_nlink > 1:
-        for folder in (store.held, store.retired):
-            with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                found += [Path(e.path) for e in entries if e.inode() == stat.st_ino]
-    return found
-
-
-class KeptLinks:
-    """How many links of a file are hydrafs' own: a listing counts them not. Thread safety: any number of threads."""
-
-    def __init__(self, store: Store) -> None:
-        self._folders = (store.held, store.retired)
-        self._known: tuple[tuple[int, ...], dict[tuple[int, int], int]] = ((), {})
-
-    def count(self, stat: os.stat_result) -> int:
-        """How many of the links that ``stat`` counts are under ``held`` and ``retired``; no scan while they rest."""
-        if stat.st_nlink < 1 or not stat_module.S_ISREG(stat.st_mode):
-            return 0
-        times = []
-        for folder in self._folders:
-            try:
-                times.append(os.stat(folder).st_mtime_ns)
-            except OSError:
-                times.append(0)
-        key = tuple(times)
-        if self._known[0] != key:
-            links: dict[tuple[int, int], int] = {}
-            for folder in self._folders:
-                with contextlib.suppress(OSError), os.scandir(folder) as entries:
-                    for entry in entries:
-                        found = entry.stat(follow_symlinks=False)
-                        links[found.st_dev, found.st_ino] = links.get((found.st_dev, found.st_ino), 0) + 1
-            if time.time_ns() - max(key) < _SETTLED_NS:
-                return links.get((stat.st_dev, stat.st_ino), 0)
-            self._known = (key, links)
-        return self._known[1].get((stat.st_dev, stat.st_ino), 0)
-
-
 # Who is needed
 
 _sizes: dict[Path, tuple[float, set[int]]] = {}
+_told: set[tuple[Path, str]] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """Whether others need a file, or may: ``keeps``; and as which SHA-256, where that is known."""
+
+    keeps: bool
+    sha256: bytes | None = None
+    found: Census | None = None
+    doubts: tuple[Trouble, ...] = ()
 
 
 def needed_as(store: Store, path: Path, *, is_diff: bool) -> bytes | None:
-    """The SHA-256 under which other diffs need the file at ``path``; ``None`` where nobody does. Hashes nothing: a file
-    whose SHA-256 is unknown is needed where its size and a probe are those of a parent."""
+    """The SHA-256 under which other diffs need the file at ``path``; ``None`` where nobody does, or nobody knows.
+    Hashes nothing: a file whose SHA-256 is unknown is needed where its size and a probe are those of a parent."""
+    verdict = _judged(store, path, is_diff=is_diff)
+    return verdict.sha256 if verdict.keeps and not verdict.doubts else None
+
+
+def _judged(store: Store, path: Path, *, is_diff: bool) -> _Verdict:
     if is_diff:
+        found = census(store, without=path)
         try:
-            sha256 = trailer_of(path).sha256
-        except HydraError:
-            return None
-        return sha256 if sha256 in needs(store, without=path) else None
+            digest = trailer_of(path).sha256
+        except HydraError as error:  # nobody knows which model it stands for
+            return _Verdict(True, None, found, (Trouble(path, error), *found.troubles))
+        if digest in found.needs:
+            return _Verdict(True, digest, found)
+        return _Verdict(not found.is_complete, digest, found, found.troubles)
     stat = os.stat(path)
     if stat.st_size == 0 or not _may_be_needed(store, path, stat):
-        return None
-    found = needs(store)
-    _sizes[store.root] = time.monotonic(), {need.parent.size for need in found.values()}
-    alike = [need.parent for need in found.values() if need.parent.size == stat.st_size]
-    if not alike:
-        return None
+        return _Verdict(False)
+    found = census(store)
+    if found.is_complete:
+        _sizes[store.root] = time.monotonic(), {need.parent.size for need in found.needs.values()}
     known = store.catalog.sha256(path, FileIdentity.of(stat))
-    if known is not None:
-        return known if known in found else None
-    for parent in alike:
-        with contextlib.suppress(OSError):
-            if os.path.samestat(stat, os.lstat(place_of(store.held, parent.sha256, is_diff=False))):
-                return parent.sha256
-    with contextlib.suppress(HydraError):
-        return next((parent.sha256 for parent in alike if is_parent(store, path, parent)), None)
-    return None
+    if known is not None and known in found.needs:
+        return _Verdict(True, known, found)
+    doubts = found.troubles
+    if known is None:
+        alike = [need.parent for need in found.needs.values() if need.parent.size == stat.st_size]
+        for parent in alike:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(stat, os.lstat(place_of(store.held, parent.sha256, is_diff=False))):
+                    return _Verdict(True, parent.sha256, found)
+        try:
+            for parent in alike:
+                if is_parent(store, path, parent):
+                    return _Verdict(True, parent.sha256, found)
+        except (HydraError, OSError) as error:  # it has a parent's size, and nobody knows what is in it
+            doubts = (Trouble(path, error), *doubts)
+    return _Verdict(bool(doubts) and _might_be_parent(path, stat), known, found, doubts)
 
 
 def _may_be_needed(store: Store, path: Path, stat: os.stat_result) -> bool:
@@ -248,74 +156,132 @@ def _may_be_needed(store: Store, path: Path, stat: os.stat_result) -> bool:
     return time.monotonic() - when >= _SIDECAR_SECONDS or stat.st_size in sizes
 
 
+def _might_be_parent(path: Path, stat: os.stat_result) -> bool:
+    """Whether a file could be a model, by its name, its links or its first bytes."""
+    if looks_like_model(path.name) or stat.st_nlink > 1:
+        return True
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(9)
+    except OSError:
+        return True
+    # A zip file, a pickle, or the length of a safetensors header and its first character.
+    return head.startswith((b"PK", b"\x80")) or head[8:] == b"{"
+
+
+def _tell_doubt(store: Store, path: Path, verdict: _Verdict) -> None:
+    if not verdict.doubts:
+        log.info("%s is needed by others and is kept among the retired", path)
+        return
+    if any((store.root, str(trouble)) not in _told for trouble in verdict.doubts):
+        _told.update((store.root, str(trouble)) for trouble in verdict.doubts)
+        more = len(verdict.doubts) - _TOLD_TROUBLES
+        log.warning(
+            "nobody knows whether others need %s; it is kept in %s, as all models are until this can be read: %s%s",
+            path,
+            store.retired,
+            "; ".join(map(str, verdict.doubts[:_TOLD_TROUBLES])),
+            f"; and {more} more" if more > 0 else "",
+        )
+
+
 # Retiring
 
 
-def _retire(store: Store, path: Path, sha256: bytes, *, is_diff: bool, move: bool) -> None:
-    """Keep the file at ``path`` among the retired; with ``move`` it leaves its name, else it has both."""
-    target = place_of(store.retired, sha256, is_diff=is_diff)
-    held = place_of(store.held, sha256, is_diff=is_diff)
+class NeedsCopy(OSError):
+    """A file can be neither linked nor renamed to where it is to be kept: ``with_copies`` copies it there."""
+
+    def __init__(self, error: OSError, path: Path) -> None:
+        super().__init__(error.errno, error.strerror, os.fspath(path))
+        self.path = path
+
+
+def with_copies(store: Store, change: Callable[[], _T]) -> _T:
+    """Run ``change`` with the store's lock held, again after each file was copied that it needs a copy of.
+
+    Raises:
+        OSError, HydraError: as ``change`` does; no room for a copy.
+    """
+    for number in range(_TRIES):
+        try:
+            with store.lock():
+                return change()
+        except NeedsCopy as error:
+            if number == _TRIES - 1:
+                raise
+            copy_among_retired(store, error.path)
+    raise AssertionError
+
+
+def copy_among_retired(store: Store, path: Path) -> None:
+    """Keep a copy of the file at ``path`` among the retired, where it is one of its SHA-256. The lock is not held."""
+    is_diff = path.name.endswith(SUFFIX)
+    _make_retired(store)
+    with TemporaryFile(store.retired) as temporary:
+        before = copy_into(temporary, path)
+        with FileSource(temporary.path) as source:
+            digest = trailer_of(temporary.path).sha256 if is_diff else sha256(source)
+        target = place_of(store.retired, digest, is_diff=is_diff)
+        with store.lock():
+            if not is_unchanged(before, os.stat(path)):
+                return
+            os.replace(temporary.path, target)
+            fsync_folder(store.retired)
+            if not is_diff:
+                store.catalog.remember_sha256(path, FileIdentity.of(before), digest)
+                store.catalog.remember_sha256(target, FileIdentity.of(os.stat(target)), digest)
+
+
+def _make_retired(store: Store) -> None:
     if not store.retired.is_dir():
-        store.retired.mkdir(parents=True)
+        store.retired.mkdir(parents=True, exist_ok=True)
         fsync_folder(store.private)
-    there = lstat(target)
+
+
+def _retire(store: Store, path: Path, digest: bytes | None, *, is_diff: bool, move: bool) -> None:
+    """Keep the file at ``path`` among the retired; with ``move`` it leaves its name, else it has both."""
+    _make_retired(store)
     here = os.lstat(path)
-    same = there is not None and os.path.samestat(there, here)
-    kept = same or (there is not None and not is_diff and is_proven(store, target, sha256))
-    with carried(store, path, target, held):
-        if not kept:
+    targets = []
+    if digest is None:
+        there = next((p for p in links_of(store, here) if p.parent == store.retired), None)
+        target = there or store.retired / f"{UNHASHED}{secrets.token_hex(8)}{SUFFIX if is_diff else ''}"
+    else:
+        target = place_of(store.retired, digest, is_diff=is_diff)
+        targets = [place_of(store.held, digest, is_diff=is_diff)]
+    with carried(store, path, target, *targets):
+        if not _is_kept(store, here, target, digest, is_diff=is_diff):
             try:
                 if move:
                     os.replace(path, target)
                 else:
-                    _link_over(path, target)
+                    link_over(path, target)
             except OSError as error:
-                if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-                    raise
-                _copy(path, target, here)
-                kept = True
-        if kept and move:
+                if error.errno in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
+                    raise NeedsCopy(error, path) from error
+                raise
+        elif move:
             os.unlink(path)
     fsync_folder(store.retired)
     if move:
         fsync_folder(path.parent)
 
 
-def _copy(path: Path, target: Path, stat: os.stat_result) -> None:
-    """A copy of the file at ``path`` under ``target``, with its mode, owner, times and attributes, in one step."""
-    with TemporaryFile(target.parent) as temporary:
-        fd = temporary.file.fileno()
-        with open(path, "rb", buffering=0) as source:
-            try:
-                fcntl.ioctl(fd, _FICLONE, source.fileno())
-            except OSError:
-                offset = 0
-                while count := _copy_some(source.fileno(), fd, offset):
-                    offset += count
-        _like(fd, path, stat)
-        os.utime(fd, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        temporary.flush_to_disk()
-        os.replace(temporary.path, target)
-        fsync_folder(target.parent)
-
-
-def _copy_some(source: int, to: int, offset: int) -> int:
+def _is_kept(store: Store, here: os.stat_result, target: Path, digest: bytes | None, *, is_diff: bool) -> bool:
+    """Whether that file, or another with what is in it, stands at ``target`` already."""
+    there = lstat(target)
+    if there is None:
+        return False
+    if os.path.samestat(there, here):
+        return True
+    if not is_diff or digest is None:
+        return digest is not None and is_proven(store, target, digest)
+    if there.st_dev == here.st_dev:
+        return False
     try:
-        return os.copy_file_range(source, to, _COPY_NBYTES, offset, offset)
-    except OSError as error:
-        if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-        return os.pwrite(to, os.pread(source, _COPY_NBYTES, offset), offset)
-
-
-def _like(fd: int, path: Path, stat: os.stat_result) -> None:
-    with contextlib.suppress(PermissionError):
-        os.fchown(fd, stat.st_uid, stat.st_gid)
-    os.fchmod(fd, stat_module.S_IMODE(stat.st_mode))
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(path):
-            with contextlib.suppress(OSError):
-                os.setxattr(fd, name, os.getxattr(path, name))
+        return trailer_of(target).sha256 == digest and there.st_size == here.st_size
+    except HydraError:
+        return False
 
 
 # Names
@@ -349,49 +315,74 @@ def is_regular(stat: os.stat_result | None) -> bool:
     return stat is not None and stat_module.S_ISREG(stat.st_mode)
 
 
-def drop(store: Store, path: Path, *, is_diff: bool) -> None:
-    """Take a file's name away; it is retired where others need it."""
+def drop(store: Store, path: Path, *, is_diff: bool, aside: Aside | None = None) -> None:
+    """Take a file's name away; it is retired where others need it, or may. The store's lock is held.
+
+    Raises:
+        NeedsCopy: see ``with_copies``.
+        OSError: as unlink(2); it cannot be kept.
+    """
     stat = os.lstat(path)
     if not stat_module.S_ISREG(stat.st_mode):
         os.unlink(path)
         return
-    sha256 = needed_as(store, path, is_diff=is_diff)
-    if sha256 is not None:
-        log.info("%s is needed by others and is kept among the retired", path)
-        _retire(store, path, sha256, is_diff=is_diff, move=True)
+    verdict = _judged(store, path, is_diff=is_diff)
+    if verdict.keeps:
+        if aside is not None:
+            aside(store, path, stays=True)
+        _tell_doubt(store, path, verdict)
+        _retire(store, path, verdict.sha256, is_diff=is_diff, move=True)
         return
-    os.unlink(path)
+    if aside is None or not aside(store, path, stays=False):
+        os.unlink(path)
     if stat.st_nlink > 1:
-        let_go(store, stat, needs(store))
+        let_go(store, stat, verdict.found or census(store))
 
 
-def keep(store: Store, path: Path, *, is_diff: bool) -> bool:
-    """Retire the file at ``path`` where others need it, and leave it its name; whether they do."""
-    sha256 = needed_as(store, path, is_diff=is_diff)
-    if sha256 is not None:
-        _retire(store, path, sha256, is_diff=is_diff, move=False)
-    return sha256 is not None
+def keep(store: Store, path: Path, *, is_diff: bool, aside: Aside | None = None) -> Census | None:
+    """Retire the file at ``path`` where others need it, or may, and leave it its name. The store's lock is held.
+
+    Returns:
+        ``None`` where it was retired; else the census by which nobody needs it.
+
+    Raises:
+        NeedsCopy: see ``with_copies``.
+        OSError: it cannot be kept.
+    """
+    verdict = _judged(store, path, is_diff=is_diff)
+    if aside is not None:
+        aside(store, path, stays=True)
+    if not verdict.keeps:
+        return verdict.found or Census({}, ())
+    _tell_doubt(store, path, verdict)
+    _retire(store, path, verdict.sha256, is_diff=is_diff, move=False)
+    return None
 
 
 def remove_diff(store: Store, path: Path) -> None:
     """Take away the diff that a plain file of the listed name ``path`` hides, if there is one."""
-    with store.lock():
+
+    def change() -> None:
         if standing(path)[1] is not None:
             drop(store, diff_of(path), is_diff=True)
 
+    with_copies(store, change)
 
-def remove_model(store: Store, path: Path, *, protect: bool | None = None) -> None:
+
+def remove_model(store: Store, path: Path, *, protect: bool | None = None, aside: Aside | None = None) -> None:
     """Take a listed name away, as unlink(2) does: the plain file or the diff, and a diff that hides behind the file.
 
     Args:
         path: the listed name in the store, absolute.
         protect: whether a dehydrated model is refused (default: the store's policy).
+        aside: where what goes can be had back from for a while: ``hydrafs.trash.put``.
 
     Raises:
         OSError: as unlink(2).
         Protected: the policy forbids it.
     """
-    with store.lock():
+
+    def change() -> None:
         plain, diff = standing(path)
         if plain is None and diff is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
@@ -400,35 +391,66 @@ def remove_model(store: Store, path: Path, *, protect: bool | None = None) -> No
         if plain is None and (store.protect if protect is None else protect):
             raise Protected("a dehydrated model may not be removed", where=path)
         if diff is not None:  # the hidden one first: nobody sees it go
-            drop(store, diff_of(path), is_diff=True)
+            drop(store, diff_of(path), is_diff=True, aside=aside)
         if plain is not None:
-            drop(store, path, is_diff=False)
+            drop(store, path, is_diff=False, aside=aside)
+
+    with_copies(store, change)
 
 
-def before_overwrite(store: Store, path: Path, *, truncate: bool = False) -> None:
+def before_overwrite(store: Store, path: Path, *, truncate: bool = False, aside: Aside | None = None) -> None:
     """To be called before the file of a listed name is opened for writing, truncated or replaced.
 
     Where others need a plain file, a new file takes its name, with its content (a reflink where the filesystem can,
     empty with ``truncate``), and the old one stands among the retired, as it was: who has it open goes on reading it. A
-    diff that others need is retired, and keeps its name until the caller takes it (``remove_diff``).
+    diff that others need is retired, and keeps its name until the caller takes it (``remove_diff``). The copy is made
+    without the store's lock.
+
+    Args:
+        aside: where what is truncated can be had back from for a while: ``hydrafs.trash.put``. A file that it takes
+            stands there as it was, and a new one has its name.
 
     Raises:
-        OSError: the old content cannot be kept, so it must not be written to.
+        OSError, HydraError: the old content cannot be kept, so it must not be written to.
     """
-    with store.lock():
-        plain, diff = standing(path)
-        if diff is not None:
-            keep(store, diff_of(path), is_diff=True)
-        if plain is None or not is_regular(plain):
+    for _ in range(_TRIES):
+        plain = with_copies(store, lambda: _keep_both(store, path, aside if truncate else None))
+        if plain is None or _renewed(store, path, plain, truncate=truncate):
             return
-        needed = keep(store, path, is_diff=False)
-        if not needed and plain.st_nlink > 1:
-            let_go(store, plain, needs(store))
-        if not needed:
-            return
-        if not truncate:
-            _copy(path, path, plain)
-            return
-        with TemporaryFile(path.parent) as temporary:
-            _like(temporary.file.fileno(), path, plain)
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fspath(path))
+
+
+def _keep_both(store: Store, path: Path, aside: Aside | None) -> os.stat_result | None:
+    """Keep what stands under a listed name, where others need it; the plain file whose name a new one is to take."""
+    plain, diff = standing(path)
+    if diff is not None:
+        keep(store, diff_of(path), is_diff=True)
+    if plain is None or not is_regular(plain):
+        return None
+    # With a second name of the user's the file is what it is: both names show what is written.
+    has_one_name = plain.st_nlink - KeptLinks(store).count(plain) == 1
+    is_aside = aside is not None and has_one_name and aside(store, path, stays=True)
+    found = keep(store, path, is_diff=False)
+    now = os.lstat(path)
+    if found is None:
+        # Where another file is kept, and nobody reads this one as a parent, it can be written to as it is.
+        known = store.catalog.sha256(path, FileIdentity.of(now))
+        return now if is_aside or known is not None or KeptLinks(store).count(now) else None
+    let_go(store, plain, found)
+    return os.lstat(path) if is_aside else None
+
+
+def _renewed(store: Store, path: Path, plain: os.stat_result, *, truncate: bool) -> bool:
+    """Give the name of the file ``plain``, which is kept, to a copy of it; ``False`` where it was changed meanwhile."""
+    with TemporaryFile(path.parent) as temporary:
+        if truncate:
+            copy_attributes(temporary.file.fileno(), path, plain)
+        elif not is_unchanged(plain, copy_into(temporary, path)):
+            return False
+        with store.lock():
+            now = lstat(path)
+            if now is None or not is_unchanged(plain, now):
+                return False
             os.replace(temporary.path, path)
+            fsync_folder(path.parent)
+    return True

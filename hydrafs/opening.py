@@ -21,7 +21,7 @@ from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX, DiffFile
 from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing, ParentUnavailable, is_shortage
 from hydrafs.identity import FileIdentity, is_unchanged, probe, sha256
-from hydrafs.keeping import is_parent, place_of, remember
+from hydrafs.keeping import is_parent, place_of, remember, unhashed
 from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
@@ -275,6 +275,7 @@ class Opener:
             yield place_of(folder, parent.sha256, is_diff=False)
             yield place_of(folder, parent.sha256, is_diff=True)
         yield from store.catalog.paths_of(parent.sha256)
+        yield from unhashed(store)
         by_size, by_sha256 = self._scanned()
         yield from by_sha256.get(parent.sha256, ())
         yield from by_size.get(parent.size, ())

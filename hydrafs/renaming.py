@@ -17,6 +17,7 @@ from pathlib import Path
 from hydrafs import journal
 from hydrafs.errors import Protected
 from hydrafs.keeping import (
+    Aside,
     carried,
     diff_of,
     drop,
@@ -26,8 +27,8 @@ from hydrafs.keeping import (
     links_of,
     lstat,
     standing,
+    with_copies,
 )
-from hydrafs.needs import needs
 from hydrafs.store import Store
 
 __all__ = ["ENDINGS", "rename_model"]
@@ -35,19 +36,29 @@ __all__ = ["ENDINGS", "rename_model"]
 _DIFF_OVER_FILE, _FILE_OVER_DIFF = "diff-over-file", "file-over-diff"
 
 
-def rename_model(store: Store, old: Path, new: Path, *, replace: bool = True, protect: bool | None = None) -> None:
+def rename_model(
+    store: Store,
+    old: Path,
+    new: Path,
+    *,
+    replace: bool = True,
+    protect: bool | None = None,
+    aside: Aside | None = None,
+) -> None:
     """Rename a listed name over another, as rename(2) does; either may be a plain file, a diff or a folder.
 
     Args:
         old, new: listed names in the store, absolute.
         replace: whether ``new`` may exist.
         protect: whether to refuse that a dehydrated model is renamed (default: the store's policy).
+        aside: where what is replaced can be had back from for a while: ``hydrafs.trash.put``.
 
     Raises:
         OSError: as rename(2).
         Protected: the policy forbids it.
     """
-    with store.lock():
+
+    def change() -> None:
         (plain, diff), (target, target_diff) = standing(old), standing(new)
         if plain is None and diff is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(old))
@@ -61,11 +72,13 @@ def rename_model(store: Store, old: Path, new: Path, *, replace: bool = True, pr
         if moves:
             store.repin([os.fspath(Path(store.relative(new), os.path.relpath(p, store.relative(old)))) for p in moves])
         if plain is None:
-            _rename_diff(store, old, new, target, target_diff)
+            _rename_diff(store, old, new, target, target_diff, aside)
         else:
-            _rename_plain(store, old, new, plain, diff, target, target_diff)
+            _rename_plain(store, old, new, plain, diff, target, target_diff, aside)
         if moves:
             store.repin([], unpin=moves)
+
+    with_copies(store, change)
 
 
 def _rename_plain(
@@ -76,6 +89,7 @@ def _rename_plain(
     diff: os.stat_result | None,
     target: os.stat_result | None,
     target_diff: os.stat_result | None,
+    aside: Aside | None,
 ) -> None:
     if stat_module.S_ISDIR(plain.st_mode):
         if target is None and target_diff is not None:
@@ -84,9 +98,9 @@ def _rename_plain(
         return
     if target is not None and stat_module.S_ISDIR(target.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(new))
-    needed = False
+    unneeded = None
     if target is not None and is_regular(target):
-        needed = keep(store, new, is_diff=False)
+        unneeded = keep(store, new, is_diff=False, aside=aside)
     if diff is not None:  # it would be seen under the old name once the file that hides it is gone
         drop(store, diff_of(old), is_diff=True)
     entry = None
@@ -95,10 +109,10 @@ def _rename_plain(
         entry = journal.write(store, _FILE_OVER_DIFF, {"name": new}, numbers)
     try:
         _move_plain(store, old, new, plain)
-        if target is not None and not needed and target.st_nlink > 1:
-            let_go(store, target, needs(store))
+        if target is not None and unneeded is not None:
+            let_go(store, target, unneeded)
         if target_diff is not None:
-            drop(store, diff_of(new), is_diff=True)
+            drop(store, diff_of(new), is_diff=True, aside=aside)
     finally:
         # After a failure that leaves the diff behind the file, the next start tries again.
         if entry is not None and not (journal.is_file(new, plain.st_ino) and lstat(diff_of(new))):
@@ -114,21 +128,27 @@ def _move_plain(store: Store, old: Path, new: Path, plain: os.stat_result) -> No
 
 
 def _rename_diff(
-    store: Store, old: Path, new: Path, target: os.stat_result | None, target_diff: os.stat_result | None
+    store: Store,
+    old: Path,
+    new: Path,
+    target: os.stat_result | None,
+    target_diff: os.stat_result | None,
+    aside: Aside | None,
 ) -> None:
     source, destination = diff_of(old), diff_of(new)
     if target is not None and stat_module.S_ISDIR(target.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(new))
     if target is None:
+        unneeded = None
         if target_diff is not None:
-            kept = keep(store, destination, is_diff=True)
+            unneeded = keep(store, destination, is_diff=True, aside=aside)
         with carried(store, source, destination):
             os.rename(source, destination)
-        if target_diff is not None and not kept and target_diff.st_nlink > 1:
-            let_go(store, target_diff, needs(store))
+        if target_diff is not None and unneeded is not None:
+            let_go(store, target_diff, unneeded)
         return
     if target_diff is not None:
-        drop(store, destination, is_diff=True)
+        drop(store, destination, is_diff=True, aside=aside)
     numbers = {"diff": os.lstat(source).st_ino, "plain": target.st_ino}
     entry = journal.write(store, _DIFF_OVER_FILE, {"old": old, "new": new}, numbers)
     try:
@@ -137,7 +157,7 @@ def _rename_diff(
                 os.link(source, destination)
             except OSError:
                 os.rename(source, destination)
-        _finish(store, old, new)
+        _finish(store, old, new, aside)
     except OSError:
         _undo(old, new)
         raise
@@ -147,9 +167,9 @@ def _rename_diff(
             entry.end()
 
 
-def _finish(store: Store, old: Path, new: Path) -> None:
+def _finish(store: Store, old: Path, new: Path, aside: Aside | None) -> None:
     """The diff stands under the new name, behind the file that it replaces: from here on it can only go forward."""
-    drop(store, new, is_diff=False)
+    drop(store, new, is_diff=False, aside=aside)
     with contextlib.suppress(FileNotFoundError):
         os.unlink(diff_of(old))
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hydrafs import journal, renaming
 from hydrafs.errors import Changing, HydraError, from_oserror
-from hydrafs.keeping import diff_of, drop, lstat, standing
+from hydrafs.keeping import NeedsCopy, copy_among_retired, diff_of, drop, lstat, standing, with_copies
 from hydrafs.leases import Lease
 from hydrafs.store import PRIVATE, Store
 from hydrafs.temporary import TemporaryFile, fsync_folder, remove_leftovers
@@ -59,8 +59,15 @@ def take_name(store: Store, temporary: TemporaryFile, listed: Path) -> None:
             if not journal.is_file(listed, inode):
                 entry.end()
             raise
-        drop(store, diff_of(listed), is_diff=True)
-        entry.end()
+        try:
+            drop(store, diff_of(listed), is_diff=True)
+        except NeedsCopy:
+            pass  # without the lock
+        else:
+            entry.end()
+            return
+    with_copies(store, lambda: _end_copying(store, entry))
+    entry.end()
 
 
 def _end_copying(store: Store, entry: journal.Entry) -> None:
@@ -217,15 +224,29 @@ def _rests(aside: Path, entry: journal.Entry) -> bool:
 def recover(store: Store) -> None:
     """End what a killed process began, and remove its temporary files under ``.hydrafs``. Called at every start."""
     kinds = {_COPYING: _end_copying, _LEAVING: _end_leaving, **renaming.ENDINGS}
-    with store.lock():
-        for entry in journal.pending(store):
+    uncopied: set[Path] = set()
+    while True:
+        wanted: list[Path] = []
+        with store.lock():
+            for entry in journal.pending(store):
+                try:
+                    kinds[entry.kind](store, entry)
+                except KeyError:
+                    log.warning("a journal that cannot be meant is removed: %s", entry.path)
+                except NeedsCopy as error:
+                    wanted.append(error.path)
+                    continue
+                except (OSError, HydraError) as error:
+                    log.error("cannot end what %s tells of (%s): %s", entry.path, entry.kind, error)
+                    continue
+                entry.end()
+            for folder in (store.private, store.held, store.retired, store.trash):
+                remove_leftovers(folder)
+        if not set(wanted) - uncopied:
+            return
+        for path in wanted:
+            uncopied.add(path)
             try:
-                kinds[entry.kind](store, entry)
-            except KeyError:
-                log.warning("a journal that cannot be meant is removed: %s", entry.path)
+                copy_among_retired(store, path)
             except (OSError, HydraError) as error:
-                log.error("cannot end what %s tells of (%s): %s", entry.path, entry.kind, error)
-                continue
-            entry.end()
-        for folder in (store.private, store.held, store.retired):
-            remove_leftovers(folder)
+                log.error("cannot keep %s among the retired: %s", path, error)

@@ -419,8 +419,8 @@ class TestOverwriting:
 
     def test_a_sidecar_costs_no_look_at_every_diff(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
         looks = []
-        original = keeping.needs
-        monkeypatch.setattr(keeping, "needs", lambda *a, **k: looks.append(1) or original(*a, **k))
+        original = keeping.census
+        monkeypatch.setattr(keeping, "census", lambda *a, **k: looks.append(1) or original(*a, **k))
         for number in range(50):
             path = family.path(f"{number}.json")
             path.write_bytes(b"{}")
