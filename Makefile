@@ -11,7 +11,7 @@ MOUNTPOINT ?=
 ARGS ?=
 export STORE MOUNTPOINT
 
-.PHONY: help mount umount test test-all test-faults test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge bench-service deb try-deb man setup-example setup-test setup-bench clean
+.PHONY: help mount umount test test-all test-faults soak test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge bench-service deb try-deb man setup-example setup-test setup-bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,6 +44,9 @@ test-all: setup-test lint ## lint and all tests, and those that are not slow wit
 
 test-faults: setup-test ## each error of each call of each change of a store, once; prints how many, and what was lost
 	@PYTHONPATH=. $(BIN)/python tests/failing.py --jobs "$$(nproc)" $(ARGS)
+
+soak: setup-test ## programs, kills and faults on a real mount for MINUTES (default 30); prints the seed, losses and hangs
+	@PYTHONPATH=. $(BIN)/python tests/soak.py --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"} $(ARGS)
 
 test-kernels: setup-test ## all tests but the slow ones, once with each kernel of rans that this machine has
 	@for level in avx512 avx2 portable; do
