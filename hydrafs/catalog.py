@@ -82,6 +82,11 @@ class DiffRecord(msgspec.Struct, array_like=True, frozen=True):
     parents: tuple[tuple[bytes, int, str, int], ...]
 
 
+def signed64(number: int) -> int:
+    """The last 64 bits of a number, with a sign: what databases and JSON take."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def _key(path: Path) -> bytes:
     """A file of a covered store has the name that it has when nothing covers it."""
     return os.fsencode(named(path))
@@ -230,9 +235,9 @@ class Catalog:
 
     @staticmethod
     def _identity(identity: FileIdentity) -> tuple[int, int, int, int, int]:
-        # SQLite's integers are signed; inodes of some filesystems use all 64 bits.
-        signed = identity.inode - (1 << 64) if identity.inode >= 1 << 63 else identity.inode
-        return identity.size, identity.mtime_ns, identity.ctime_ns, signed, identity.device
+        # SQLite's integers are signed, of 64 bits; inodes use all of them, and times may be of any year.
+        numbers = identity.size, identity.mtime_ns, identity.ctime_ns, identity.inode, identity.device
+        return tuple(map(signed64, numbers))  # type: ignore[return-value]
 
     _FILE = "size = ? AND mtime_ns = ? AND ctime_ns = ? AND inode = ? AND device = ?"
     _WHERE = f"path = ? AND {_FILE}"

@@ -19,6 +19,7 @@ from hydrafs.layout import FileSource
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store
+from hydrafs.suspect import why_not_held
 from hydrafs.temporary import TemporaryFile
 
 __all__ = ["copy_ownership", "disk_errors", "hold", "keep_parents", "may_go", "unchanged"]
@@ -99,21 +100,32 @@ def may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> boo
 
 def keep_parents(
     store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[FileSource | Rehydrated]
-) -> None:
+) -> list[str]:
     """Hold every file that the diff will be read from, so that it outlives its name; the caller holds the store's lock.
 
     Args:
         entries, parents: the models, and what the manifest calls them.
         opened: the same, open, or those of them that are diffs.
+
+    Returns:
+        Those that cannot be held, with why: nothing but their names keeps them.
     """
+    unheld: list[str] = []
+
+    def hold_one(path: Path, sha256: bytes) -> None:
+        if not keeping.hold(store, path, sha256):
+            why = why_not_held(store, path) or "its filesystem does not let it be linked"
+            unheld.append(f"{store.relative(path)} cannot be held: {why}")
+
     for entry, parent in zip(entries, parents, strict=True):
-        keeping.hold(store, entry.path, parent.sha256)
+        hold_one(entry.path, parent.sha256)
     pending = [parent for parent in opened if isinstance(parent, Rehydrated)]
     while pending:
         diff = pending.pop()
         for record, open_parent in zip(diff.manifest.parents, diff.parents, strict=True):
             if isinstance(open_parent.source, Rehydrated):
-                keeping.hold(store, Path(open_parent.source.diff.path), record.sha256)
+                hold_one(Path(open_parent.source.diff.path), record.sha256)
                 pending.append(open_parent.source)
             elif isinstance(open_parent.source, FileSource):
-                keeping.hold(store, Path(open_parent.source.path), record.sha256)
+                hold_one(Path(open_parent.source.path), record.sha256)
+    return unheld

@@ -27,7 +27,16 @@ from hydrafs.composition import made_of
 from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
 from hydrafs.encode import encode_model, estimate, predictor_for
-from hydrafs.errors import AlreadyThere, Changing, HydraError, NoSpace, NotFound, ParentLoop, UsageError
+from hydrafs.errors import (
+    AlreadyThere,
+    Changing,
+    HydraError,
+    NoSpace,
+    NotFound,
+    ParentLoop,
+    ParentUnavailable,
+    UsageError,
+)
 from hydrafs.explaining import explained
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, sha256
@@ -198,12 +207,25 @@ def dehydrate(
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
                 with DiffFile(temporary.path) as diff:
                     reasons = (*choice.reasons, *map(str, made_of(diff)))
+                unheld: list[str] = []
+
+                def keep() -> None:
+                    unheld.extend(keep_parents(store, entries, manifest.parents, opened))
+                    if unheld and options.all_or_nothing:
+                        raise ParentUnavailable(
+                            "nothing is removed for a parent that cannot be held",
+                            where=model,
+                            detail="; ".join(unheld),
+                            remedy="move it to the store's own filesystem, or name it with --base",
+                        )
+
                 removed = _commit(
                     store, source, temporary, target, options,
-                    lambda: keep_parents(store, entries, manifest.parents, opened),
+                    keep,
                     lambda: _remember(store, model, before, target, manifest.sha256, facts),
                     opened,
                 )  # fmt: skip
+            reasons += tuple(f"{why}: it must not go" for why in unheld)
             if not removed and not options.keep:
                 reasons += (
                     "the original is kept: it, or what its diff needs, is in use or changed; dehydrate it again",

@@ -20,13 +20,15 @@ _SECTION = "worker"
 @dataclass(frozen=True, slots=True)
 class Policy:
     """Which models are dehydrated, and when. ``include`` (empty: all) and ``exclude`` are patterns as fnmatch has them,
-    of names relative to the store or of their last part."""
+    of names relative to the store or of their last part. ``other_views``: ``wait`` until nobody sees a covered store
+    without its mount (``hydrafs.views``), or ``ignore`` who does."""
 
     enabled: bool = True
     settle_seconds: float = SETTLE_SECONDS
     min_nbytes: int = MIN_NBYTES
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    other_views: str = "wait"
 
     @classmethod
     def of(cls, store: Store, **given: Any) -> Policy:
@@ -53,12 +55,18 @@ class Policy:
         mode = value("dehydrate", str, "auto")
         if mode not in ("auto", "off"):
             raise UsageError(f"{_SECTION}.dehydrate is neither auto nor off", where=where, detail=repr(mode))
+        other_views = value("other_views", str, "wait")
+        if other_views not in ("wait", "ignore"):
+            raise UsageError(
+                f"{_SECTION}.other_views is neither wait nor ignore", where=where, detail=repr(other_views)
+            )  # fmt: skip
         fields: dict[str, Any] = {
             "enabled": mode == "auto",
             "settle_seconds": float(value("settle", (int, float), SETTLE_SECONDS)),
             "min_nbytes": _nbytes(value("min_size", (int, str), MIN_NBYTES), where),
             "include": texts("include"),
             "exclude": texts("exclude"),
+            "other_views": other_views,
         }
         return cls(**{**fields, **{k: v for k, v in given.items() if v is not None}})
 

@@ -185,7 +185,7 @@ def why_not_complete(path: Path) -> str:
                 return _known[identity]
         with FileSource(path) as source:
             identity = FileIdentity.of(source.stat)
-            reason = cut_short(source, path.name)
+            reason = cut_short(source)
     except (OSError, HydraError):
         return ""
     with _lock:

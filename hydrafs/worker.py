@@ -8,12 +8,16 @@ Rule 3: what the user has made whole stays whole: a pinned model, a file beside 
         again and again is left alone longer each time.
 Rule 4: a model that resembles no other stays whole: it may be what others will be made from, and is read for each.
 Rule 5: there is one worker per store, whoever starts more.
+Rule 6: whatever one file raises is that file's: it is told, remembered, and ends nobody else's turn. Nothing is
+        dehydrated that is suspect (``hydrafs.suspect``), or where somebody would see it go (``hydrafs.views``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import errno
 import logging
 import os
 import platform
@@ -30,9 +34,9 @@ import msgspec
 from hydrafs import covered, tending, working
 from hydrafs.activity import Activity
 from hydrafs.allocator import return_memory, tune_allocator
+from hydrafs.covered import is_covered
 from hydrafs.dehydrate import Options, Outcome, dehydrate
-from hydrafs.diff import SUFFIX
-from hydrafs.errors import Changing, HydraError, printable
+from hydrafs.errors import Changing, HydraError, NoSpace, StoreLocked, printable
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import plain_text
 from hydrafs.leases import Lease
@@ -42,7 +46,9 @@ from hydrafs.looking import watched
 from hydrafs.needs import needs
 from hydrafs.policy import Policy
 from hydrafs.store import Store
+from hydrafs.survey import PlainModel, Survey, survey
 from hydrafs.tried import Tried
+from hydrafs.views import uncovered_views
 from hydrafs.working import Work
 
 __all__ = ["Worker", "run", "run_order"]
@@ -57,32 +63,37 @@ _WATCHED_POLL_SECONDS = 3600.0
 _LOCK_SECONDS = 20.0
 _TELL_SECONDS = 1.0
 _MAX_BACKOFF = 10
+_REFUSALS = 3
+"""How often in a row a file may be in use before that is told."""
+_PUT_OFF_SECONDS, _PUT_OFF_SECONDS_MAX = 60.0, 3600.0
+_VIEWS_SECONDS = 10.0
+_MAX_LOGGED = 10_000
+_MAX_NAMED = 20
+_PASSING = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETXTBSY,
+     errno.EROFS, errno.ETIMEDOUT, errno.EHOSTDOWN)
+)  # fmt: skip
 _PRIVATE = frozenset({working.PAUSED, "config.toml"})
 """Of hydrafs' own files: what the worker is told by."""
 
 
 @dataclass(slots=True)
 class _Seen:
-    """A plain model as it was last looked at, and since when it is what it is."""
+    """A plain model as it was last looked at, and since when it is what it is. ``refused``: how often in a row it could
+    not be had since, and why; ``until``, ``seconds``: when it is tried again at the earliest, and what was waited."""
 
     identity: FileIdentity
     since: float
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class _Model:
-    """A plain model. ``stays``: it is not to be dehydrated, now or later, as far as is known."""
-
-    mtime_ns: int
-    name: str
-    path: Path = field(compare=False)
-    identity: FileIdentity = field(compare=False)
-    stays: bool = field(compare=False)
+    refused: int = 0
+    why: str = ""
+    until: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
 class Worker:
-    """Dehydrates what rests in a store. Thread safety: ``stop`` from any thread, all else from one."""
+    """Dehydrates what rests in a store, and keeps the store in order. Thread safety: ``stop`` from any thread, all else
+    from one."""
 
     store: Store
     policy: Policy
@@ -95,6 +106,12 @@ class Worker:
     _times: dict[Path, int] = field(default_factory=dict)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _changed: threading.Event = field(default_factory=threading.Event)
+    _logged: set[tuple[str, str]] = field(default_factory=set)
+    _unseen: dict[str, str] = field(default_factory=dict)
+    """What could not be looked at, and why, as of the last look."""
+    _whole: dict[str, str] = field(default_factory=dict)
+    _tended: object = None
+    """What the store's folders were like when it was put in order."""
     _tried: Tried = field(init=False)
     _work: Work = field(init=False)
     _told: float = 0.0
@@ -113,15 +130,18 @@ class Worker:
     def run(self) -> None:
         """Work until ``stop``; where nothing is to be dehydrated, put the store in order and end."""
         while not self._stopped.is_set():
-            with working.alone(self.store) as alone:
-                if alone:
-                    with contextlib.suppress(OSError):
-                        working.pause(self.store, False)
-                    self._start()
-                    if not self.policy.enabled:
-                        return  # another worker, which is to dehydrate, gets the store
-                    with watched(self.store.root, self._changed.set, private=_PRIVATE) as tells:
-                        self._run(_WATCHED_POLL_SECONDS if tells else _POLL_SECONDS)
+            try:
+                with working.alone(self.store) as alone:
+                    if alone:
+                        with contextlib.suppress(OSError):
+                            working.pause(self.store, False)
+                        self._start()
+                        if not self.policy.enabled:
+                            return  # another worker, which is to dehydrate, gets the store
+                        with watched(self.store.root, self._changed.set, private=_PRIVATE) as tells:
+                            self._run(_WATCHED_POLL_SECONDS if tells else _POLL_SECONDS)
+            except OSError as error:
+                self._log_once("", f"{self.store.private} cannot be worked in: {error.strerror}", logging.ERROR)
             self._stopped.wait(_LOCK_SECONDS)
 
     def _run(self, limit: float) -> None:
@@ -129,7 +149,7 @@ class Worker:
             self._changed.clear()
             until = 0.0
             if not self._is_paused():
-                self.step()
+                self._guarded("the store cannot be looked at", self.step)
                 until = self._until
             return_memory()
             state = "paused" if self._is_paused() else "idle" if self.policy.enabled else "off"
@@ -139,22 +159,65 @@ class Worker:
 
     def _start(self) -> None:
         for tend in (tending.start, tending.hold_parents):
-            try:
-                tend(self.store)
-            except (HydraError, OSError) as error:
-                log.error("the store cannot be put in order: %s", error)
+            self._guarded("the store cannot be put in order", lambda tend=tend: tend(self.store))  # type: ignore[misc]
+        if not self.policy.enabled:
+            self._tend(None)
+
+    def _guarded(self, what: str, work: Callable[[], object]) -> bool:
+        """Do what is no single file's; whether it went well. Nothing that it raises ends the worker."""
+        try:
+            work()
+        except Exception as error:
+            self._log_once("", f"{what}: {_told_of(error)}", logging.ERROR)
+            log.debug("%s", what, exc_info=True)
+            self._tell(self._work.state, last_error=f"{what}: {_told_of(error)}")
+            return False
+        return True
+
+    def _tend(self, state: object) -> None:
+        """Let go of what nobody needs any more, where the store has changed since that was done."""
+        if state is not None and (state == self._tended or self.busy() or self._stopped.is_set()):
+            return
+        if self._guarded("what nobody needs cannot be removed", lambda: tending.collect(self.store)):
+            self._tended = state
 
     def _is_paused(self) -> bool:
         return working.is_paused(self.store)
 
     def _tell(self, state: str, **facts: Any) -> None:
-        work = msgspec.structs.replace(self._work, state=state, left_whole=len(self._tried), **facts)
+        troubles = self._troubles()
+        work = msgspec.structs.replace(
+            self._work,
+            state=state,
+            left_whole=len(self._tried) + len(self._whole),
+            troubled=len(troubles),
+            troubles=_some(troubles),
+            whole=_some(self._whole),
+            **facts,
+        )
         if work.state != self._work.state or work.model != self._work.model:
             work = msgspec.structs.replace(work, since=time.time())
         if work != self._work:
             self._work = work
             self._told = time.monotonic()
             working.tell(self.store, work)
+
+    def _troubles(self) -> dict[str, str]:
+        """Which files are in trouble, and why."""
+        refused = {
+            self.store.relative(path): f"{seen.why}, {seen.refused} times in a row"
+            for path, seen in self._seen.items()
+            if seen.refused >= _REFUSALS or seen.seconds
+        }
+        return {**self._unseen, **self._tried.troubles(), **refused}
+
+    def _log_once(self, name: str, text: str, level: int = logging.WARNING) -> None:
+        if (name, text) in self._logged:
+            return
+        if len(self._logged) >= _MAX_LOGGED:
+            self._logged.clear()
+        self._logged.add((name, text))
+        log.log(level, "%s", f"{self.store.root / name} {text}" if name else text)
 
     def _settle(self, path: Path) -> float:
         return float(self.policy.settle_seconds * 2 ** min(self._times.get(path, 0), _MAX_BACKOFF))
@@ -167,124 +230,149 @@ class Worker:
             self.store.reload()
             if self.policy_now is not None:
                 self.policy = self.policy_now()
-        except HydraError as error:
-            log.error("the configuration stays as it was: %s", error)
+        except Exception as error:
+            self._log_once("", f"the configuration stays as it was: {_told_of(error)}", logging.ERROR)
 
     def step(self) -> list[Outcome]:
-        """Look at the store, and dehydrate what has rested long enough; what was done."""
+        """Look at the store, dehydrate what has rested long enough, and let go of what nobody needs; what was done.
+
+        Nothing that a single file or folder raises is raised here.
+        """
         done = []
         self._configure()
-        models = self._plain()
-        now, looked_at = self.clock(), False
-        for model in self._wanted(models):
+        seen = self._look()
+        now, looked_at, hindered = self.clock(), False, ""
+        for model, company in self._wanted(seen.models):
             if self._stopped.is_set() or self._is_paused():
                 break
-            if now - self._seen[model.path].since >= self._settle(model.path):
-                looked_at = True
-                outcome = self._one(model.path, [m.path for m in self._newer(model, models)])
-                if outcome is not None:
-                    done.append(outcome)
-        if looked_at:
-            models = self._plain()
-        self._tried.keep({m.name for m in models})
-        times = [self._seen[m.path].since + self._settle(m.path) for m in self._wanted(models)]
-        self._until = min(times, default=0.0)
+            if now < self._may_be_tried_at(model):
+                continue
+            if not looked_at:
+                hindered = self._seen_elsewhere()
+                if hindered:
+                    break
+            looked_at = True
+            outcome = self._one(model, company, self._not_bases(model, seen.models))
+            if outcome is not None:
+                done.append(outcome)
+        if looked_at and not self._stopped.is_set():
+            seen = self._look()
+        if seen.is_complete:
+            self._tried.keep({m.name for m in seen.models})
+        times = [self._may_be_tried_at(model) for model, _ in self._wanted(seen.models)]
+        self._until = max(min(times, default=0.0), self.clock() + _VIEWS_SECONDS if hindered else 0.0)
+        if hindered != self._work.hindered:
+            self._tell(self._work.state, hindered=hindered)
+        if not self._is_paused():
+            self._tend(tending_state(self.store, seen))
         return done
 
-    def _plain(self) -> list[_Model]:
+    def _look(self) -> Survey:
         """The plain models, the oldest first: a model was made from older ones, and is not taken for what an older one
         was made from."""
         now, wall = self.clock(), time.time_ns()
-        needed = needs(self.store)
-        found = []
-        for model in self.store.models():
-            path = model.path
-            if model.is_diff or path.is_symlink():
-                continue
-            try:
-                stat = os.lstat(path)
-            except OSError:
-                continue
-            identity = FileIdentity.of(stat)
-            sha256 = self.store.catalog.sha256(path, identity)
-            stays = (
-                not self.policy.wants(model.name, stat.st_size)
-                or os.path.lexists(f"{path}{SUFFIX}")
-                or self.store.is_pinned(path)
-                or sha256 in needed
-            )
-            found.append(_Model(stat.st_mtime_ns, model.name, path, identity, stays))
-            seen = self._seen.get(path)
-            if seen is None or _is_another(seen.identity, identity):
+        unseen: dict[str, str] = {}
+        complete = True
+
+        def trouble(name: str, error: Exception) -> None:
+            unseen[plain_text(name)] = _told_of(error)
+            self._log_once(name, f"cannot be looked at: {_told_of(error)}")
+
+        try:
+            needed = needs(self.store)
+            found = survey(self.store, self.policy, needed.__contains__, trouble)
+        except Exception as error:
+            trouble("", error)
+            log.debug("the store cannot be looked at", exc_info=True)
+            found, complete = Survey((), {}), False
+        self._unseen = unseen
+        self._whole = {plain_text(m.name): m.reason for m in found.models if m.reason}
+        for model in found.models:
+            if model.reason:
+                self._log_once(model.name, f"stays whole: {model.reason}", logging.INFO)
+            seen = self._seen.get(model.path)
+            if seen is None or _is_another(seen.identity, model.identity):
                 # A file that was there before the first look has rested since it was last written to.
-                rested = max(0.0, (wall - max(stat.st_mtime_ns, stat.st_ctime_ns)) / 1e9)
-                self._seen[path] = _Seen(identity, now - rested if seen is None else now)
-        for path in self._seen.keys() - {model.path for model in found}:
-            del self._seen[path]
-        return sorted(found)
+                rested = max(0.0, (wall - max(model.mtime_ns, model.identity.ctime_ns)) / 1e9)
+                self._seen[model.path] = _Seen(model.identity, now - rested if seen is None else now)
+        if complete:
+            for path in self._seen.keys() - {model.path for model in found.models}:
+                del self._seen[path]
+        return dataclasses.replace(found, is_complete=complete and not unseen)
 
-    @staticmethod
-    def _newer(model: _Model, models: Sequence[_Model]) -> list[_Model]:
-        """What no model that is as old as ``model`` is stored against, because it will be dehydrated itself."""
-        return [m for m in models if (m.mtime_ns, m.name) > (model.mtime_ns, model.name) and not m.stays]
+    def _not_bases(self, model: PlainModel, models: Sequence[PlainModel]) -> list[Path]:
+        """What ``model`` is not stored against: no model that is as old as it, because that will be dehydrated itself;
+        and none in whose midst the worker has died."""
+        newer = [m for m in models if (m.mtime_ns, m.name) > (model.mtime_ns, model.name) and not m.stays]
+        return [m.path for m in newer] + [m.path for m in models if m is not model and self._has_killed(m)]
 
-    def _wanted(self, models: Sequence[_Model]) -> list[_Model]:
-        """Those that are to be dehydrated, and were not tried yet as they are against what is there."""
-        whole = {m.name for m in models if m.stays}
+    def _has_killed(self, model: PlainModel) -> bool:
+        return self._tried.deaths(model.name, model.identity) > 0
+
+    def _wanted(self, models: Sequence[PlainModel]) -> list[tuple[PlainModel, frozenset[str]]]:
+        """Those that are to be dehydrated, and were not tried yet as they are against what is there, each with the
+        names of that. One in whose midst the worker has died comes after all others."""
+        whole = {m.name for m in models if m.stays and m.is_base}
         older: set[str] = set()
         found = []
         for model in models:
-            if not model.stays and not self._tried.is_settled(model.name, model.identity, older | whole):
-                found.append(model)
-            older.add(model.name)
-        return found
+            if not model.stays and model.path in self._seen:
+                company = frozenset(older | whole)
+                if not self._tried.is_settled(model.name, model.identity, company):
+                    found.append((model, company))
+            if model.is_base and not self._has_killed(model):
+                older.add(model.name)
+        return sorted(found, key=lambda item: self._tried.deaths(item[0].name, item[0].identity))
+
+    def _may_be_tried_at(self, model: PlainModel) -> float:
+        seen = self._seen[model.path]
+        return max(seen.since + self._settle(model.path), seen.until)
+
+    def _seen_elsewhere(self) -> str:
+        """Who sees a covered store without the mount that covers it: there the models would go, one by one."""
+        if self.policy.other_views != "wait" or not is_covered(self.store.root):
+            return ""
+        views = uncovered_views(self.store.root)
+        if not views:
+            return ""
+        more = f" (and {len(views) - 1} more)" if len(views) > 1 else ""
+        text = f"{views[0]}{more}: nothing is dehydrated until it is started anew, or the configuration says otherwise"
+        self._log_once("", f"{text} ([worker] other_views)")
+        return text
 
     # How
 
-    def _one(self, path: Path, not_bases: Sequence[Path]) -> Outcome | None:
-        seen = self._seen[path]
-        name = self.store.relative(path)
+    def _one(self, model: PlainModel, company: frozenset[str], not_bases: Sequence[Path]) -> Outcome | None:
+        path, name, seen = model.path, model.name, self._seen[model.path]
+        if not self._tried.begin(name, model.identity):
+            self._put_off(path, seen, "it cannot be written down that it is tried", name)
+            self._tried.end(name)
+            return None
         try:
-            with Lease(path) as lease:
-
-                def still() -> None:
-                    lease.check()
-                    while (state := self._hindered()) and not self._stopped.is_set():
-                        self._tell(state)
-                        self._stopped.wait(0.05 if state == "waiting" else 0.5)
-                        lease.check()
-                    if self._stopped.is_set():
-                        raise Changing("the worker ends", where=path)
-
-                def progress(stage: str, nbytes: int, total: int) -> None:
-                    done = nbytes if stage != self._work.stage else self._work.done_nbytes + nbytes
-                    work = msgspec.structs.replace(self._work, stage=stage, done_nbytes=done, total_nbytes=total)
-                    if time.monotonic() - self._told > _TELL_SECONDS:
-                        self._tell("working", stage=stage, done_nbytes=done, total_nbytes=total)
-                    else:
-                        self._work = work
-
-                self._tell("working", model=plain_text(name), stage="", done_nbytes=0, total_nbytes=0, waits_until=0.0)
-                still()
-                self._configure()
-                if self.store.is_pinned(path):
-                    return None
-                options = Options(
-                    jobs=self.jobs, still=still, not_bases=tuple(not_bases), alone=False, all_or_nothing=True
-                )
-                outcome = dehydrate(self.store, path, options, progress=progress)
+            outcome = self._dehydrate(path, name, not_bases)
         except Changing as error:
             log.info("%s is left for later: %s", path, error)
-            seen.since = self.clock()
-            return None
-        except HydraError as error:
-            log.warning("%s is not dehydrated: %s", path, error)
-            self._tell("working", last_error=f"{plain_text(name)}: {covered.shown(printable(str(error)))}")
-            self._leave_whole(path, seen)
-            return None
-        if outcome.diff is None:
-            self._leave_whole(path, seen)
-            log.info("%s stays whole: %s", path, "; ".join(outcome.reasons))
+            seen.refused, seen.why = seen.refused + 1, _told_of(error)
+            waits = self._settle(path) * 2 ** min(max(0, seen.refused - _REFUSALS), _MAX_BACKOFF)
+            seen.since, seen.until = self.clock(), self.clock() + min(waits, _PUT_OFF_SECONDS_MAX)
+            outcome = None
+        except Exception as error:
+            log.debug("%s is not dehydrated", path, exc_info=True)
+            if _passes(error):
+                self._put_off(path, seen, _told_of(error), name)
+            else:
+                self._log_once(name, f"is not dehydrated: {_told_of(error)}")
+                self._tried.note(name, model.identity, company, _told_of(error))
+            self._tell("working", last_error=f"{plain_text(name)}: {_told_of(error)}")
+            outcome = None
+        else:
+            seen.refused, seen.until, seen.seconds = 0, 0.0, 0.0
+            if outcome is not None and outcome.diff is None:
+                self._tried.note(name, model.identity, company)
+                log.info("%s stays whole: %s", path, "; ".join(outcome.reasons))
+                outcome = None
+        self._tried.end(name)
+        if outcome is None:
             return None
         self._times[path] = self._times.get(path, 0) + 1
         self._seen.pop(path, None)
@@ -293,15 +381,78 @@ class Worker:
         log.info("%s: %d -> %d bytes", path, outcome.size, outcome.stored_nbytes)
         return outcome
 
+    def _put_off(self, path: Path, seen: _Seen, why: str, name: str) -> None:
+        """Try again later: what stands in the way is not the model's, and passes."""
+        self._log_once(name, f"is left for later: {why}")
+        seen.refused, seen.why = seen.refused + 1, why
+        seen.seconds = min(2 * seen.seconds or _PUT_OFF_SECONDS, _PUT_OFF_SECONDS_MAX)
+        seen.until = self.clock() + seen.seconds
+
+    def _dehydrate(self, path: Path, name: str, not_bases: Sequence[Path]) -> Outcome | None:
+        with Lease(path) as lease:
+
+            def still() -> None:
+                lease.check()
+                while (state := self._hindered()) and not self._stopped.is_set():
+                    self._tell(state)
+                    self._stopped.wait(0.05 if state == "waiting" else 0.5)
+                    lease.check()
+                if self._stopped.is_set():
+                    raise Changing("the worker ends", where=path)
+
+            def progress(stage: str, nbytes: int, total: int) -> None:
+                done = nbytes if stage != self._work.stage else self._work.done_nbytes + nbytes
+                work = msgspec.structs.replace(self._work, stage=stage, done_nbytes=done, total_nbytes=total)
+                if time.monotonic() - self._told > _TELL_SECONDS:
+                    self._tell("working", stage=stage, done_nbytes=done, total_nbytes=total)
+                else:
+                    self._work = work
+
+            self._tell("working", model=plain_text(name), stage="", done_nbytes=0, total_nbytes=0, waits_until=0.0)
+            still()
+            self._configure()
+            if self.store.is_pinned(path):
+                return None
+            options = Options(
+                jobs=self.jobs, still=still, not_bases=tuple(not_bases), alone=False, all_or_nothing=True
+            )  # fmt: skip
+            return dehydrate(self.store, path, options, progress=progress)
+
     def _hindered(self) -> str:
         """What keeps the work from going on now, as a state of ``hydrafs.working``."""
         if self._is_paused():
             return "paused"
         return "waiting" if self.busy() else ""
 
-    def _leave_whole(self, path: Path, seen: _Seen) -> None:
-        company = frozenset(m.name for m in self.store.models() if not m.is_diff)
-        self._tried.note(self.store.relative(path), seen.identity, company)
+
+def tending_state(store: Store, seen: Survey) -> object:
+    """What is another once names in the store's folders, or what is kept for others, have changed."""
+    kept = []
+    for folder in (store.held, store.retired):
+        try:
+            kept.append(os.stat(folder).st_mtime_ns)
+        except OSError:
+            kept.append(0)
+    return kept, seen.folders
+
+
+def _some(reasons: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((plain_text(n), plain_text(why)) for n, why in reasons.items())[:_MAX_NAMED])
+
+
+def _told_of(error: Exception) -> str:
+    """What went wrong, on one line."""
+    text = str(error) if isinstance(error, HydraError) else f"{type(error).__name__}: {error}"
+    return plain_text(covered.shown(printable(text)))
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether what stood in the way is the disk's or the system's, and may be gone later."""
+    while error is not None:
+        if isinstance(error, NoSpace | StoreLocked) or (isinstance(error, OSError) and error.errno in _PASSING):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _is_another(old: FileIdentity, new: FileIdentity) -> bool:
@@ -313,6 +464,8 @@ def yield_to_others() -> None:
     """This process gets the processor and the disk when nobody else wants them."""
     with contextlib.suppress(OSError):
         os.nice(19)
+    with contextlib.suppress(OSError):  # who runs out of memory ends this first: it loses nothing by it
+        Path("/proc/self/oom_score_adj").write_text("500")
     number = {"x86_64": 251, "aarch64": 30}.get(platform.machine())  # ioprio_set(2); the C library has no name for it
     if number is not None:
         with contextlib.suppress(OSError):

@@ -33,7 +33,9 @@ _TOLD = "worker.json"
 class Work(msgspec.Struct, frozen=True):
     """What the worker is doing, and has done since it started. Bytes, and seconds since the epoch.
 
-    ``waits_until`` is when the next model will have rested long enough, 0 where none does.
+    ``waits_until`` is when the next model will have rested long enough, 0 where none does. ``troubled``: how many
+    files could not be looked at or tried to the end; ``troubles`` names some of them, and ``whole`` some that are left
+    whole on purpose, each with the reason. ``hindered``: why nothing is dehydrated at all, for now.
     """
 
     state: str = "none"
@@ -48,6 +50,10 @@ class Work(msgspec.Struct, frozen=True):
     saved_nbytes: int = 0
     left_whole: int = 0
     last_error: str = ""
+    troubled: int = 0
+    troubles: tuple[tuple[str, str], ...] = ()
+    whole: tuple[tuple[str, str], ...] = ()
+    hindered: str = ""
 
 
 def tell(store: Store, work: Work) -> None:
@@ -56,7 +62,7 @@ def tell(store: Store, work: Work) -> None:
     try:
         temporary.write_bytes(msgspec.json.encode(work))
         os.replace(temporary, store.private / _TOLD)
-    except (OSError, ValueError):  # a full disk, where the name would be there all the same
+    except (OSError, ValueError, msgspec.MsgspecError):  # a full disk, where the name would be there all the same
         with contextlib.suppress(OSError):
             temporary.unlink()
 
@@ -71,7 +77,7 @@ def told(store: Store) -> Work:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return Work()
     except OSError:
-        with contextlib.suppress(OSError, msgspec.DecodeError, UnicodeDecodeError):
+        with contextlib.suppress(OSError, msgspec.MsgspecError, UnicodeDecodeError):
             return msgspec.json.decode((store.private / _TOLD).read_bytes(), type=Work)
         return Work("idle")
     finally:

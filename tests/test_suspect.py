@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -161,7 +162,8 @@ class TestNotAllThere:
     def test_cut_anywhere(self, models: ModelMaker, tmp_path: Path, share: float) -> None:
         for path in self.kinds(models, tmp_path):
             size = path.stat().st_size
-            os.truncate(path, min(size - 1, int(size * share)))
+            length = min(size - 1, int(size * share))
+            os.truncate(path, length)
             assert why_not_complete(path), path.name
 
     def test_room_that_was_taken_beforehand(self, models: ModelMaker, tmp_path: Path) -> None:
@@ -173,13 +175,9 @@ class TestNotAllThere:
             path.write_bytes(bytes(size))
             assert why_not_complete(path), path.name
 
-    def test_what_is_no_model_at_all(self, tmp_path: Path) -> None:
+    def test_a_header_that_is_not_all_there(self, tmp_path: Path) -> None:
         path = tmp_path / "x.safetensors"
-        for content in (
-            b"<!DOCTYPE html><html>Login</html>" * 10,
-            b"version https://git-lfs.github.com/spec/v1\n",
-            b"{}",
-        ):
+        for content in (b"\x40\0\0\0\0\0\0\0{", b"\x08\0\0\0\0\0\0\0{ junk }" + bytes(9)):
             path.write_bytes(content)
             assert why_not_complete(path)
 
@@ -199,7 +197,7 @@ class TestNotAllThere:
         for number, head in enumerate(heads * 20):
             path.write_bytes(head + os.urandom(50 * number) + (b"PK\x05\x06" + os.urandom(18)) * (number % 2))
             with FileSource(path) as source, contextlib.suppress(HydraError):
-                assert isinstance(cut_short(source, path.name), str)
+                assert isinstance(cut_short(source), str)
 
 
 class TestHolding:
@@ -284,6 +282,28 @@ class TestBases:
         (opened.root / "sub").mkdir()
         os.link(base, opened.root / "sub" / "base.safetensors")
         assert self.careful(opened, models.save(opened.root / "tuned.safetensors", models.tuned("fp16")))[0]
+
+    @pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOSPC, errno.EACCES])
+    def test_one_that_turns_out_not_to_be_linked(
+        self, opened: Store, models: ModelMaker, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        base = models.save(opened.root / "base.safetensors", models.base("fp16"))
+        tuned = models.save(opened.root / "tuned.safetensors", models.tuned("fp16"))
+        original = os.link
+
+        def refused(source: Path, target: Path, **options: object) -> None:
+            if os.fspath(source) == os.fspath(base):
+                raise OSError(number, os.strerror(number))
+            original(source, target, **options)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(os, "link", refused)
+        with pytest.raises(HydraError, match="cannot be held"):
+            self.careful(opened, tuned)
+        assert tuned.exists()
+        assert not tuned.with_name("tuned.safetensors.hydra").exists()
+        outcome = dehydrate(opened, tuned, Options(jobs=1))
+        assert outcome.original_removed
+        assert "cannot be held" in " ".join(outcome.reasons)
 
     def test_by_hand_it_is_taken(self, opened: Store, models: ModelMaker) -> None:
         models.save(opened.root / ".Trash-1000" / "base.safetensors", models.base("fp16"))
