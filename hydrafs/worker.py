@@ -36,7 +36,7 @@ from hydrafs.activity import Activity
 from hydrafs.allocator import return_memory, tune_allocator
 from hydrafs.covered import is_covered
 from hydrafs.dehydrate import Options, Outcome, dehydrate
-from hydrafs.errors import Changing, HydraError, NoSpace, StoreLocked, printable
+from hydrafs.errors import Changing, HydraError, printable
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import plain_text
 from hydrafs.leases import Lease
@@ -140,8 +140,8 @@ class Worker:
                             return  # another worker, which is to dehydrate, gets the store
                         with watched(self.store.root, self._changed.set, private=_PRIVATE) as tells:
                             self._run(_WATCHED_POLL_SECONDS if tells else _POLL_SECONDS)
-            except OSError as error:
-                self._log_once("", f"{self.store.private} cannot be worked in: {error.strerror}", logging.ERROR)
+            except Exception as error:  # no locks there, or nothing that can be written
+                self._log_once("", f"nothing can be dehydrated: {_told_of(error)}", logging.ERROR)
             self._stopped.wait(_LOCK_SECONDS)
 
     def _run(self, limit: float) -> None:
@@ -449,7 +449,7 @@ def _told_of(error: Exception) -> str:
 def _passes(error: BaseException | None) -> bool:
     """Whether what stood in the way is the disk's or the system's, and may be gone later."""
     while error is not None:
-        if isinstance(error, NoSpace | StoreLocked) or (isinstance(error, OSError) and error.errno in _PASSING):
+        if isinstance(error, OSError | HydraError) and error.errno in _PASSING:
             return True
         error = error.__cause__
     return False
