@@ -20,10 +20,11 @@ import signal
 import struct
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hydrafs.errors import Changing, from_oserror
-from hydrafs.filesystem import is_local, is_settled, times_tell
+from hydrafs.filesystem import is_local, is_settled, settles_in, times_tell
 from hydrafs.identity import FileIdentity, is_unchanged
 from hydrafs.layout import FileSource
 from hydrafs.openfiles import Writers, writers
@@ -40,6 +41,7 @@ _POLL_SECONDS = 0.02
 _LOOK_SECONDS = 1.0
 _AGAIN_SECONDS = 1.0
 _PAST = 4
+_SETTLES_SECONDS = 0.05
 _COSTS = 50
 """A look through all processes may take one part in so many of the time."""
 
@@ -138,7 +140,7 @@ class _Watcher:
         with self._changed:
             if not self._started:
                 try:
-                    threading.Thread(target=self._watch, name="hydrafs-lease", daemon=True).start()
+                    threading.Thread(target=self._watch, name="leases", daemon=True).start()
                 except RuntimeError as error:
                     raise OSError(errno.ENOMEM, str(error)) from error
                 self._started = True
@@ -308,8 +310,28 @@ class Quiet:
             raise Changing(f"nobody can tell whether {what} is being written to", where=self.where,
                            detail=self.writers.value)  # fmt: skip
 
+    def begin(self) -> object:
+        """To be called before the whole file is read: what ``lasted`` takes."""
+        if not self.stands():
+            return None
+        return self._held or self
+
+    def lasted(self, begun: object) -> bool:
+        """Whether nobody could write to the file since ``begun``."""
+        return begun is not None and self.stands() and begun is (self._held or self)
+
+    def settle(self, begun: object) -> bool:
+        """Whether equal times will say from now on that the file is what it was when it ``lasted``. Waits for that if
+        it is a matter of milliseconds."""
+        left = settles_in(os.fstat(self._fd), self._fd) / 1e9
+        if left > _SETTLES_SECONDS:
+            return False
+        if left > 0:
+            time.sleep(left)
+        return self.lasted(begun)
+
     def verified(self, sha256: bytes) -> None:
-        """The file was read whole since this was made, and has this SHA-256."""
+        """The file was read whole, while it ``lasted``, and has this SHA-256."""
         if self._held is not None:
             self._held.verified.add(sha256)
 
@@ -338,6 +360,21 @@ class QuietFile(FileSource):
         except BaseException:
             super().close()
             raise
+
+    def sha256(self, take: Callable[[], bytes]) -> tuple[bytes, bool]:
+        """The SHA-256 of all bytes, which ``take`` reads, and whether it may be remembered: nobody could write to the
+        file while it was taken, and whoever does from now on leaves other times."""
+        begun = self.quiet.begin()
+        digest = take()
+        if not self.quiet.lasted(begun):
+            return digest, False
+        self.quiet.verified(digest)
+        return digest, self.quiet.settle(begun)
+
+    def is_proven(self, sha256: bytes) -> bool:
+        """Whether what is read from it, and was a moment ago, is of the content of this SHA-256, which was taken of a
+        file of these times, or of this one."""
+        return self.quiet.stands() and self.quiet.vouches_for(sha256)
 
     def close(self) -> None:
         """Let go of what is held."""

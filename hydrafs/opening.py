@@ -3,7 +3,9 @@
 Rule 1: what can be known to be wrong with a parent is found here, before a byte is served.
 Rule 2: opening never reads a large parent whole: its size and a probe are compared at once, its SHA-256 comes from the
         catalog, or is taken in the background while checksums guard every byte (``hydrafs.rehydrate``, rule 2).
-Rule 3: a chain of parents is at most ``MAX_DEPTH`` long and never leads back to itself.
+Rule 3: a parent is proven, and so read without checksums, while nobody can write to it (``hydrafs.leases``), and its
+        SHA-256 was taken while nobody could. A SHA-256 that was taken otherwise is remembered by nobody.
+Rule 4: a chain of parents is at most ``MAX_DEPTH`` long and never leads back to itself.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from hydrafs.errors import HydraError, ParentChanged, ParentLoop, ParentMissing,
 from hydrafs.identity import FileIdentity, is_unchanged, probe, sha256
 from hydrafs.keeping import is_parent, place_of, remember, unhashed
 from hydrafs.layout import FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
 from hydrafs.store import ModelEntry, Store, listed_name, trailer_of
@@ -56,6 +59,8 @@ class Opener:
         self._lock = threading.Lock()
         self._hashing: set[tuple[Path, FileIdentity]] = set()
         self._proven: set[tuple[Path, FileIdentity, bytes]] = set()
+        self._doubted: dict[tuple[Path, FileIdentity], bytes] = {}
+        """What was taken while somebody could write: it tells a parent from another file, and proves nothing."""
         self._disproved: set[tuple[Path, FileIdentity, bytes]] = set()
         self._scan: tuple[float, dict[int, list[Path]], dict[bytes, list[Path]]] | None = None
 
@@ -66,7 +71,7 @@ class Opener:
             ParentUnavailable, CorruptDiff, UnsupportedDiff, HydraError: it cannot be served; nothing stays open.
         """
         if not entry.is_diff:
-            return FileSource(entry.path)
+            return QuietFile(entry.path)
         return self.open_diff(entry.path)
 
     def open_diff(self, path: Path, fd: int | None = None) -> Rehydrated:
@@ -155,32 +160,47 @@ class Opener:
 
     def _open_plain(self, path: Path, parent: Parent) -> OpenParent | None:
         """``path`` as the parent, or ``None`` where it is another file."""
-        source = FileSource(path)
+        source = QuietFile(path)
         try:
             identity = FileIdentity.of(source.stat)
             if identity.size != parent.size or self._is_disproved(path, identity, parent.sha256):
                 source.close()
                 return None
-            known = self.store.catalog.sha256(path, identity)
+            known, sure = self.store.catalog.sha256(path, identity), True
             if known is None:
                 if probe(source) != parent.probe:
                     source.close()
                     return None
-                if identity.size <= HASHED_AT_OPEN_NBYTES:
-                    known = sha256(source)
-                    self.store.catalog.remember_sha256(path, identity, known)
+                known = self._doubted.get((path, identity))
+                sure = False
+                if known is None and identity.size <= HASHED_AT_OPEN_NBYTES:
+                    known, sure = self._hash(path, source)
             if known is not None and known != parent.sha256:
                 source.close()
                 return None
         except BaseException:
             source.close()
             raise
-        if known is not None:
-            return OpenParent(source, lambda: _is_untouched(source), parent.name)
-        self._prove_later(path, source.stat, parent)
-        return OpenParent(
-            source, lambda: self._is_proven(path, identity, parent.sha256) and _is_untouched(source), parent.name
-        )
+        if sure:
+            return OpenParent(source, lambda: source.is_proven(parent.sha256), parent.name)
+        if known is None:
+            self._prove_later(path, source.stat, parent)
+        proven = lambda: source.is_proven(parent.sha256) and self._is_proven(path, identity, parent.sha256)  # noqa: E731
+        return OpenParent(source, proven, parent.name)
+
+    def _hash(self, path: Path, source: QuietFile) -> tuple[bytes, bool]:
+        """The SHA-256 of the file, and whether it is one for as long as the file is quiet."""
+        begun = source.quiet.begin()
+        digest, lasting = source.sha256(lambda: sha256(source))
+        identity = FileIdentity.of(source.stat)
+        if lasting:
+            self.store.catalog.remember_sha256(path, identity, digest)
+        elif not source.quiet.lasted(begun):
+            # Asked for again at every open, it would be taken at every open for as long as somebody has the file open.
+            with self._lock:
+                self._doubted[path, identity] = digest
+            return digest, False
+        return digest, True
 
     def find(self, parent: Parent) -> Path | None:
         """Where the parent stands, as far as its size and a probe, or what the catalog knows, can tell; hashes nothing
@@ -227,10 +247,15 @@ class Opener:
     def _prove(self, path: Path, stat: os.stat_result, parent: Parent) -> None:
         identity, digest = FileIdentity.of(stat), parent.sha256
         try:
-            with FileSource(path) as source:
+            with contextlib.closing(QuietFile(path)) as source:
                 if is_unchanged(stat, source.stat):
-                    found = sha256(source, self._go_on)
-                    if remember(self.store, path, source.stat, found):
+                    begun = source.quiet.begin()
+                    found, lasting = source.sha256(lambda: sha256(source, self._go_on))
+                    if not source.quiet.lasted(begun):
+                        if found == digest:
+                            with self._lock:
+                                self._doubted[path, identity] = found
+                    elif not lasting or remember(self.store, path, source.stat, found):
                         verdict = self._proven if found == digest else self._disproved
                         with self._lock:
                             verdict.add((path, identity, digest))
@@ -311,9 +336,3 @@ class Opener:
 
 class _Closed(Exception):
     """What hashing in the background ends with when nobody needs it any more."""
-
-
-def _is_untouched(source: FileSource) -> bool:
-    """Whether nothing wrote to an open file since it was opened, by its times. Asked at each read: a microsecond."""
-    then, now = source.stat, os.fstat(source.fd)
-    return then.st_mtime_ns == now.st_mtime_ns and then.st_ctime_ns == now.st_ctime_ns and then.st_size == now.st_size

@@ -3,7 +3,8 @@
 Goal: any byte range of the model, decoding only the chunks that hold it.
 Rule 1: a decoded chunk is checked against its stored xxh3 before a byte of it leaves.
 Rule 2: a ``same`` span is read straight from its parent only while that parent is *proven* (its SHA-256 is known for
-        the very file that is open); otherwise it goes through a chunk and its checksum like everything else.
+        the very file that is open, and nobody can write to it), and still is after the read; otherwise it goes through
+        a chunk and its checksum like everything else.
 Rule 3: no lock is held while decoding or reading.
 """
 
@@ -32,7 +33,8 @@ from hydrafs.prediction import Predictor
 class OpenParent:
     """A parent as it stands open: where its bytes come from, and whether its SHA-256 is known to be the right one.
 
-    ``proven`` is asked at every read, because the proof may be found while the diff is open.
+    ``proven`` is asked before and after every read: the proof may be found while the diff is open, and somebody may
+    open the parent for writing at any moment.
     """
 
     source: ByteSource
@@ -106,6 +108,8 @@ class Rehydrated:
             piece = out[position - offset : stop - offset]
             if span.prediction == PREDICTION_SAME and self._straight(number):
                 self._read_parent(span.parent, span.origin + position - start, piece)
+                if not self._straight(number):
+                    self._copy_from_chunks(number, position - start, piece)
             else:
                 self._copy_from_chunks(number, position - start, piece)
             position = stop

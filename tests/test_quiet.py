@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
+import json
+import mmap
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import Filled
 from writing_process import HOWS, writing
 
 from hydrafs import filesystem, leases
-from hydrafs.errors import Changing
+from hydrafs.cache import ChunkCache
+from hydrafs.errors import Changing, HydraError
+from hydrafs.identity import FileIdentity
 from hydrafs.leases import Lease, QuietFile
 from hydrafs.openfiles import Writers, writers
+from hydrafs.opening import Opener
+from hydrafs.rehydrate import Rehydrated
+from hydrafs.store import Store
 
 NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.ENOSYS)
 
@@ -34,6 +45,10 @@ def until(true: Callable[[], bool]) -> None:
 def rested(path: Path, data: bytes = bytes(1 << 20)) -> Path:
     """A file whose times are old enough to tell what is written later."""
     path.write_bytes(data)
+    return rest(path)
+
+
+def rest(path: Path) -> Path:
     with path.open("rb") as file:
         until(lambda: filesystem.is_settled(path.stat(), file.fileno()))
     return path
@@ -276,3 +291,132 @@ def test_times_that_a_later_write_could_leave(tmp_path: Path) -> None:
         Stat.st_mtime_ns, Stat.st_ctime_ns = 1, now
         assert not filesystem.is_settled(Stat, fd)  # type: ignore[arg-type]
         until(lambda: filesystem.is_settled(path.stat(), fd))
+
+
+def place_in(base: Path, name: str) -> int:
+    """Where a tensor's bytes begin in a safetensors file."""
+    data = base.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    return 8 + length + int(header[name]["data_offsets"][0])
+
+
+@contextlib.contextmanager
+def opened(root: Path) -> Iterator[Rehydrated]:
+    """The model of a store that is opened anew."""
+    with contextlib.closing(Store(root)) as store, contextlib.closing(Opener(store, ChunkCache(0))) as opener:
+        model = opener.open(store.locate("tuned.safetensors"))
+        assert isinstance(model, Rehydrated)
+        with contextlib.closing(model):
+            yield model
+
+
+def read_or_fail(root: Path) -> bytes | None:
+    """All its bytes; ``None`` where that fails as it should."""
+    try:
+        with opened(root) as model:
+            return model.pread(0, model.size)
+    except HydraError:
+        return None
+
+
+class TestServing:
+    @pytest.mark.parametrize("how", HOWS)
+    @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+    def test_a_write_that_shows_in_no_time_gives_no_wrong_byte(self, filled: Filled, how: str, known: bool) -> None:
+        """A parent is written to through what was opened before it was hashed, while its model is open and after."""
+        filled.dehydrate()
+        rest(filled.base)
+        place = place_in(filled.base, "frozen.weight") + 3
+        byte = filled.base.read_bytes()[place] ^ 0xFF
+        with writing(filled.base, how) as other:
+            if not known:
+                for path in (filled.root / ".hydrafs").glob("catalog*"):
+                    path.unlink()
+            with opened(filled.root) as model:
+                assert model.pread(0, model.size) == filled.data
+                other.write(place, byte)
+                with contextlib.suppress(HydraError):
+                    assert model.pread(0, model.size) == filled.data
+                other.tell("close")
+                with contextlib.suppress(HydraError):
+                    assert model.pread(0, model.size) == filled.data
+            assert read_or_fail(filled.root) in (None, filled.data)
+        assert read_or_fail(filled.root) in (None, filled.data)
+
+    @pytest.mark.parametrize("how", HOWS)
+    def test_a_writer_that_comes_between_the_proof_and_the_read(
+        self, filled: Filled, monkeypatch: pytest.MonkeyPatch, how: str
+    ) -> None:
+        filled.dehydrate()
+        rest(filled.base)
+        place = place_in(filled.base, "frozen.weight") + 3
+        byte = filled.base.read_bytes()[place] ^ 0xFF
+        with opened(filled.root) as model, contextlib.ExitStack() as stack:
+            (parent,) = model.parents
+            assert parent.proven()
+            original = parent.source.pread_into
+            came = []
+
+            def late(offset: int, out: memoryview) -> int:
+                if not came:
+                    came.append(stack.enter_context(writing(filled.base, how)))
+                    came[0].write(place, byte)
+                return original(offset, out)
+
+            monkeypatch.setattr(parent.source, "pread_into", late)
+            with pytest.raises(HydraError):
+                model.pread(place, 100)
+            assert came
+
+    def test_a_quiet_parent_is_read_straight_and_one_that_is_not_through_checksums(
+        self, filled: Filled, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(leases, "_AGAIN_SECONDS", 0.0)
+        filled.dehydrate()
+        rest(filled.base)
+        place = place_in(filled.base, "frozen.weight")
+        with opened(filled.root) as model:
+            assert model.chunks_between(place, place + 100) == []
+            with writing(filled.base, "descriptor") as other:
+                assert model.chunks_between(place, place + 100) != []
+                assert model.pread(0, model.size) == filled.data
+                other.tell("close")
+            until(lambda: model.chunks_between(place, place + 100) == [])
+
+    def test_in_memory_where_times_tell_nothing(self, filled: Filled, at_end: contextlib.ExitStack) -> None:
+        filled.dehydrate()
+        root = Path(at_end.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        with root.joinpath("file").open("wb") as file:
+            assert not filesystem.times_tell(file.fileno())
+        shutil.copytree(filled.root, root / "store", symlinks=True)
+        base = root / "store" / "base.safetensors"
+        shutil.rmtree(root / "store" / ".hydrafs")  # it knows the other store's base
+        place = place_in(base, "frozen.weight") + 3
+        byte = base.read_bytes()[place] ^ 0xFF
+        Store(root / "store", create=True).close()
+        assert read_or_fail(root / "store") == filled.data  # the catalog knows the base now
+        before = base.stat()
+        with base.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+            assert mapping[place] == byte ^ 0xFF
+            mapping[place] = byte
+        assert FileIdentity.of(base.stat()) == FileIdentity.of(before)
+        assert read_or_fail(root / "store") is None
+
+    def test_a_fresh_file_is_not_remembered(self, filled: Filled, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Its times may be of a filesystem that counts in seconds."""
+        filled.dehydrate()
+        filled.let_go()
+        for path in (filled.root / ".hydrafs").glob("catalog*"):
+            path.unlink()
+        monkeypatch.setattr(filesystem, "_FINE_NS", 3600 * 10**9)
+        with (
+            contextlib.closing(Store(filled.root)) as store,
+            contextlib.closing(Opener(store, ChunkCache(0))) as opener,
+        ):
+            with contextlib.closing(opener.open(store.locate("tuned.safetensors"))) as model:
+                assert model.pread(0, model.size) == filled.data
+            assert store.catalog.sha256(filled.base, FileIdentity.of(filled.base.stat())) is None
+            monkeypatch.setattr(filesystem, "_FINE_NS", 20_000_000)
+            opener.open(store.locate("tuned.safetensors")).close()
+            assert store.catalog.sha256(filled.base, FileIdentity.of(filled.base.stat())) is not None
