@@ -141,6 +141,7 @@ def dehydrate(
         needed_by = _needed_by(store, model, before)
         if needed_by and not options.keep and not options.bases:
             return _left_alone(model, source.size, source.size, (f"{needed_by}; a base stays whole",))
+        store.check_locks()  # what minutes of work would end with
         layout = containers.parse(source, model.name)
         facts = facts_of(source, layout)
         if options.bases:

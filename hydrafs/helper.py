@@ -50,6 +50,7 @@ class Helper:
             "given": dict(given),
             "style": asdict(style or Style()),
             "off_limits": os.fspath(off_limits) if off_limits else None,
+            "mark": "",
         }
         self._stderr: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -60,13 +61,15 @@ class Helper:
         """Give it what stderr is now: while a mount is made, stderr is where libfuse is listened to."""
         self._stderr = os.dup(2)
 
-    def start(self, covered: int = -1) -> None:
+    def start(self, covered: int = -1, mark: str = "") -> None:
         """Start it; returns at once.
 
         Args:
             covered: a descriptor of the store's folder, where a mount covers that.
+            mark: of the store (``hydrafs.root_identity``): it works on no folder that has another, or none.
         """
         self._ended.clear()
+        self._order["mark"] = mark or self._order["mark"]
         with self._lock:
             self._start(covered)
         threading.Thread(target=self._mind, args=(covered,), name="hydrafs-helper", daemon=True).start()

@@ -32,7 +32,9 @@ MAX_READ_NBYTES = {3: 1 << 20, 2: 128 << 10}
 """The largest read request, by libfuse's major version: the kernel gives libfuse2 no more than 32 pages."""
 READAHEAD_NBYTES = 1 << 20
 MAX_BACKGROUND = 64
-MAX_THREADS = 16
+MAX_THREADS = 64
+"""More than may wait for a store's lock at a time (``hydrafs.store_lock.MAX_WAITING``): some are left to read."""
+IDLE_THREADS = 16
 TIMEOUT_SECONDS = 1.0
 """How long the kernel trusts a name and its attributes: the time in which a change of the store is seen."""
 # Absent names are not remembered at all: a model must open at once after it was added, also for who asked too early.
@@ -77,7 +79,7 @@ class Binding:
         ]
         if self.major >= 3:
             threads = [f"max_threads={MAX_THREADS}"] if self.minor >= 12 else []
-            return [*common, *threads, f"max_idle_threads={MAX_THREADS}"]
+            return [*common, *threads, f"max_idle_threads={IDLE_THREADS}"]
         return [
             *common,
             # libfuse2 looks by itself too; whether the place may be mounted on was decided before.

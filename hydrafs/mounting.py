@@ -11,6 +11,7 @@ Nothing here prints or reads the environment.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -140,7 +141,10 @@ def mount(
     try:
         output = os.open(log_path or os.devnull, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        raise from_oserror(error, "cannot write the log", log_path or os.devnull) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise from_oserror(error, "cannot write the log", log_path or os.devnull) from error
+        log.warning("there is no room for the log %s: nothing is logged", log_path)
+        output = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     receive, send = os.pipe()
     try:
         child = _fork()

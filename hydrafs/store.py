@@ -7,13 +7,11 @@ Rule 2: names that hydrafs keeps for itself begin with ``.hydrafs`` and are in n
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import pwd
 import stat as stat_module
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,9 @@ import tomli_w
 from hydrafs.catalog import Catalog
 from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
-from hydrafs.errors import NotFound, StoreLocked, UsageError, from_oserror
+from hydrafs.errors import NoSpace, NotFound, StoreLocked, UsageError, from_oserror
+from hydrafs.root_identity import MARK, RootIdentity
+from hydrafs.store_lock import StoreLock
 from hydrafs.temporary import TemporaryFile
 from hydrafs.walk import Folder, Report, walk
 
@@ -35,7 +35,6 @@ else:  # pragma: no cover - depends on the interpreter
 PRIVATE = ".hydrafs"
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 _MAX_LINKS = 40  # as path_resolution(7) has it
-_LOOK_SECONDS = 0.005
 _LOOKER_SECONDS = 2.0
 
 
@@ -63,7 +62,7 @@ def listed_name(name: str) -> str:
     return name[: -len(SUFFIX)] if name.endswith(SUFFIX) and len(name) > len(SUFFIX) else name
 
 
-_MARKS = ("store.json", "config.toml", "catalog.sqlite", "held", "retired", "trash")
+_MARKS = (MARK, "config.toml", "catalog.sqlite", "held", "retired", "trash")
 """What hydrafs keeps in ``.hydrafs``: a folder that holds none of it is not hydrafs' own."""
 _PRECIOUS = ("held", "retired", "trash")
 
@@ -186,8 +185,10 @@ class Store:
             if not self.root.is_dir():
                 raise UsageError("a store is a folder", where=path, remedy="name the folder that holds the models")
             os.scandir(self.root).close()
+            self.identity = RootIdentity(self.root, self.private)
         except OSError as error:
             raise from_oserror(error, "cannot open the store", path) from error
+        self._lock = StoreLock(self.root, self.identity, f"{PRIVATE}/lock")
         self._begun = False
         self._beginning = threading.Lock()
         self._pins_of = (0, 0)
@@ -217,6 +218,7 @@ class Store:
                 ) from None
             except OSError as error:
                 raise from_oserror(error, "cannot open the store", self.root) from error
+            self.identity.mark_now()
             self.catalog.keep_in(self._catalog_path())
             self._begun = True
 
@@ -252,8 +254,9 @@ class Store:
         return self.private / "trash"
 
     def close(self) -> None:
-        """Close the catalog."""
+        """Close the catalog, and let go of the folder."""
         self.catalog.close()
+        self.identity.close()
 
     # Configuration
 
@@ -364,6 +367,15 @@ class Store:
                 self._pins_of = stat.st_ino, stat.st_mtime_ns
         return self.pinned
 
+    def check_root(self) -> None:
+        """Make sure that the folder under the store's name is the store. A stat.
+
+        Raises:
+            StoreGone: its disk is not there.
+        """
+        if self.identity.check() and self._begun:
+            self.catalog.keep_in(self._catalog_path())  # on the disk that is there now
+
     @contextlib.contextmanager
     def lock(self, seconds: float | None = None) -> Iterator[None]:
         """Hold the store's lock: one process at a time changes what the store says of itself. A crash lets go of it.
@@ -373,23 +385,25 @@ class Store:
 
         Raises:
             StoreLocked: somebody had it for longer.
+            StoreGone: another folder stands where the store was.
+            NoLocks: the filesystem has none.
             HydraError: the store cannot be written to.
         """
-        seconds = self.lock_seconds if seconds is None else seconds
-        self.begin()
-        try:
-            self.private.mkdir(exist_ok=True)
-            fd = os.open(self.private / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise from_oserror(error, "cannot lock the store", self.private) from error
-        try:
-            if seconds is None:
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            else:
-                self._lock_within(fd, seconds)
+        self.check_root()
+        if not self._begun:
+            self._lock.check()  # before anything is made
+        with contextlib.suppress(NoSpace):  # what makes room needs the lock, and no more of hydrafs' own
+            self.begin()
+        with self._lock.held(self.lock_seconds if seconds is None else seconds):
             yield
-        finally:
-            os.close(fd)
+
+    def check_locks(self) -> None:
+        """Make sure that the store's filesystem has locks; makes nothing, and waits for nobody.
+
+        Raises:
+            NoLocks: it has none: nothing of the store can be changed.
+        """
+        self._lock.check()
 
     @contextlib.contextmanager
     def rest(self, seconds: float | None = None) -> Iterator[None]:
@@ -409,21 +423,8 @@ class Store:
             with contextlib.suppress(OSError, StoreLocked):
                 fd = os.open(self.private / "lock", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
-                self._lock_within(fd, min(_LOOKER_SECONDS, seconds or _LOOKER_SECONDS))
+                self._lock.wait(fd, min(_LOOKER_SECONDS, seconds or _LOOKER_SECONDS))
             yield
-
-    def _lock_within(self, fd: int, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise StoreLocked(
-                        "another process is changing the store", where=self.root, detail=f"for over {seconds:g} seconds"
-                    ) from None
-                time.sleep(_LOOK_SECONDS)
 
     # Names
 

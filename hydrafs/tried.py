@@ -44,6 +44,7 @@ class Tried:
     """The models of one store that were left whole. Thread safety: one thread."""
 
     def __init__(self, store: Store) -> None:
+        self._store = store
         self._path = store.private / _FILE
         self._noted = _Noted()
         self._changed = False
@@ -114,6 +115,7 @@ class Tried:
     def _write(self) -> bool:
         try:
             data = msgspec.json.encode(self._noted)
+            self._store.check_root()
             with TemporaryFile(self._path.parent) as temporary:
                 temporary.file.write(data)
                 temporary.commit(self._path, replace=True)

@@ -31,7 +31,7 @@ from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Names, Version
 from hydrafs.covered import cover
 from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
-from hydrafs.errors import HydraError, log_once
+from hydrafs.errors import HydraError, NoLocks, NotFound, log_once
 from hydrafs.handles import Descriptor, OpenFile, PlainFile, model_attributes, plain_attributes
 from hydrafs.hashing import KnownHashes
 from hydrafs.helper import Helper
@@ -53,7 +53,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _SETTLED_NS = 100_000_000
 """A folder changed less than this ago may change again within the same tick of its mtime."""
 _TRAILERS = 200_000
-_STORE_LOCK_SECONDS = 60.0
+_STORE_LOCK_SECONDS = 3.0
 """How long a program waits for a command that has the store's lock and may be stopped; then it gets EBUSY."""
 
 
@@ -123,12 +123,16 @@ class StoreTree:
             descriptor = f"/proc/{os.getpid()}/fd/{self._covered}"
             cover(descriptor, self._root)
             self._root = descriptor
-        writable = os.access(self._root, os.W_OK)
-        self.store = Store(self._root, create=writable)
+        self.store = self._open_store(os.access(self._root, os.W_OK))
         self.store.off_limits = self._mountpoint
         self.store.lock_seconds = _STORE_LOCK_SECONDS
-        if writable and not self.read_only:
-            recover(self.store)
+        if os.access(self._root, os.W_OK) and not self.read_only:
+            try:
+                recover(self.store)
+            except NoLocks as error:
+                log.warning("models can be read, and what needs a lock is refused: %s", error)
+            except HydraError as error:
+                log.error("what a killed process began waits for the next start: %s", error)
         self.store.always_protect = self._protect
         self.store.reload()
         self.activity = Activity(self.store.private / "activity")
@@ -138,7 +142,18 @@ class StoreTree:
         self.opener = Opener(self.store, self.cache, background=True)
         self.hashes = KnownHashes(self.store)
         if self._helper is not None:
-            self._helper.start(self._covered)
+            self._helper.start(self._covered, self.store.identity.mark)
+
+    def _open_store(self, writable: bool) -> Store:
+        """The store. Reading it needs no room: where its folder cannot be made, it does without."""
+        try:
+            return Store(self._root, create=writable)
+        except NotFound:
+            raise
+        except HydraError as error:
+            opened = Store(self._root, looks=True)
+            log.warning("models can be read, and nothing is remembered: %s", error)
+            return opened
 
     def stop(self) -> None:
         """Stop the threads and close the store."""
@@ -169,7 +184,12 @@ class StoreTree:
     # Names
 
     def real(self, path: str) -> str:
-        """Where ``path`` stands in the store by the name that is listed."""
+        """Where ``path`` stands in the store by the name that is listed.
+
+        Raises:
+            StoreGone: another folder stands where the store was.
+        """
+        self.store.check_root()
         if path != "/":
             return self._root + path
         return self._root + "/." if self._covered >= 0 else self._root  # the folder, not the link that leads there
@@ -321,6 +341,7 @@ class StoreTree:
 
     def statfs(self, path: str) -> os.statvfs_result:
         """The filesystem that the store is on."""
+        self.store.check_root()
         return os.statvfs(self._root)
 
     def _facts(self, place: Place, *, hashes: bool = True) -> dict[str, str]:

@@ -36,7 +36,7 @@ from hydrafs.activity import Activity
 from hydrafs.allocator import return_memory, tune_allocator
 from hydrafs.covered import is_covered
 from hydrafs.dehydrate import Options, Outcome, dehydrate
-from hydrafs.errors import Changing, HydraError, printable
+from hydrafs.errors import Changing, HydraError, StoreGone, printable
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import plain_text
 from hydrafs.leases import Lease
@@ -45,7 +45,8 @@ from hydrafs.logs import Style, log_to
 from hydrafs.looking import watched
 from hydrafs.needs import needs
 from hydrafs.policy import Policy
-from hydrafs.store import Store
+from hydrafs.root_identity import read_mark
+from hydrafs.store import PRIVATE, Store
 from hydrafs.survey import PlainModel, Survey, survey
 from hydrafs.tried import Tried
 from hydrafs.views import uncovered_views
@@ -61,6 +62,8 @@ _POLL_SECONDS = 60.0
 _WATCHED_POLL_SECONDS = 3600.0
 """How often to look without having been told of a change; inotify sees nothing of what another machine does."""
 _LOCK_SECONDS = 20.0
+_GONE_SECONDS = 5.0
+"""How often to look whether the store's disk is there again."""
 _TELL_SECONDS = 1.0
 _MAX_BACKOFF = 10
 _REFUSALS = 3
@@ -140,12 +143,15 @@ class Worker:
                             return  # another worker, which is to dehydrate, gets the store
                         with watched(self.store.root, self._changed.set, private=_PRIVATE) as tells:
                             self._run(_WATCHED_POLL_SECONDS if tells else _POLL_SECONDS)
+            except StoreGone:
+                raise
             except Exception as error:  # no locks there, or nothing that can be written
                 self._log_once("", f"nothing can be dehydrated: {_told_of(error)}", logging.ERROR)
             self._stopped.wait(_LOCK_SECONDS)
 
     def _run(self, limit: float) -> None:
         while not self._stopped.is_set():
+            self.store.check_root()
             self._changed.clear()
             until = 0.0
             if not self._is_paused():
@@ -167,6 +173,8 @@ class Worker:
         """Do what is no single file's; whether it went well. Nothing that it raises ends the worker."""
         try:
             work()
+        except StoreGone:
+            raise
         except Exception as error:
             self._log_once("", f"{what}: {_told_of(error)}", logging.ERROR)
             log.debug("%s", what, exc_info=True)
@@ -343,6 +351,7 @@ class Worker:
     # How
 
     def _one(self, model: PlainModel, company: frozenset[str], not_bases: Sequence[Path]) -> Outcome | None:
+        self.store.check_root()
         path, name, seen = model.path, model.name, self._seen[model.path]
         if not self._tried.begin(name, model.identity):
             self._put_off(path, seen, "it cannot be written down that it is tried", name)
@@ -350,6 +359,8 @@ class Worker:
             return None
         try:
             outcome = self._dehydrate(path, name, not_bases)
+        except StoreGone:
+            raise
         except Changing as error:
             log.info("%s is left for later: %s", path, error)
             seen.refused, seen.why = seen.refused + 1, _told_of(error)
@@ -487,25 +498,87 @@ def run_order(order: Mapping[str, Any]) -> None:
         root = descriptor
     log_to(sys.stderr, Style(**order["style"]), "hydrafs: worker")
     off_limits = Path(order["off_limits"]) if order["off_limits"] else None
-    run(Path(root), order["given"], end=lambda: sys.stdin.buffer.read(1), off_limits=off_limits)
+    run(
+        Path(root),
+        order["given"],
+        end=lambda: sys.stdin.buffer.read(1),
+        off_limits=off_limits,
+        mark=order.get("mark", ""),
+    )
     logging.shutdown()
     # Not the interpreter's end: that waits for the lock of stdin, which the thread that reads it has.
     os._exit(0)
 
 
 def run(
-    root: Path, given: Mapping[str, Any], *, end: Callable[[], object] | None = None, off_limits: Path | None = None
+    root: Path,
+    given: Mapping[str, Any],
+    *,
+    end: Callable[[], object] | None = None,
+    off_limits: Path | None = None,
+    mark: str = "",
 ) -> None:
-    """Work on the store at ``root`` in this process, at the lowest priority.
+    """Work on the store at ``root`` in this process, at the lowest priority. While its disk is not there, wait.
 
     Args:
         given: fields of ``Policy`` that go before the store's configuration.
         end: called on a thread of its own; when it returns, the work ends.
         off_limits: where the store is mounted: what leads there is no model of the store.
+        mark: the store's, where it is known: a folder of another mark is not touched.
     """
     yield_to_others()
     tune_allocator()
+    ended = threading.Event()
+    at_work: list[Worker] = []
+    if end is not None:
+
+        def wait_for_end() -> None:
+            end()
+            ended.set()
+            for worker in at_work:
+                worker.stop()
+
+        threading.Thread(target=wait_for_end, name="hydrafs-parent", daemon=True).start()
+    known = _Known(mark)
+    while not ended.is_set():
+        if known.is_at(root):
+            try:
+                _work_at(root, given, off_limits, at_work, ended, known)
+                return
+            except StoreGone:  # logged
+                pass
+        ended.wait(_GONE_SECONDS)
+
+
+@dataclass(slots=True)
+class _Known:
+    """Which folder a store is: by its mark, or where it has none by device and inode, once it was opened."""
+
+    mark: str
+    numbers: tuple[int, int] | None = None
+
+    def is_at(self, root: Path) -> bool:
+        """Whether it is the one at ``root``; any is, while none is known."""
+        if self.mark:
+            return read_mark(root / PRIVATE) == self.mark
+        try:
+            stat = os.stat(root)
+        except OSError:
+            return self.numbers is None  # opening it says why
+        return self.numbers in (None, (stat.st_dev, stat.st_ino))
+
+
+def _work_at(
+    root: Path,
+    given: Mapping[str, Any],
+    off_limits: Path | None,
+    at_work: list[Worker],
+    ended: threading.Event,
+    known: _Known,
+) -> None:
     with contextlib.closing(Store(root, create=True)) as store:
+        stat = os.fstat(store.identity.folder)
+        known.mark, known.numbers = store.identity.mark, (stat.st_dev, stat.st_ino)
         store.off_limits = off_limits
         activity = Activity(store.private / "activity")
         try:
@@ -517,13 +590,9 @@ def run(
                 return found if found.enabled else Policy(enabled=False, include=("/",))
 
             worker = Worker(store, policy(), busy=lambda: activity.quiet_seconds() < _QUIET_SECONDS, policy_now=policy)
-            if end is not None:
-
-                def wait_for_end() -> None:
-                    end()
-                    worker.stop()
-
-                threading.Thread(target=wait_for_end, name="hydrafs-parent", daemon=True).start()
+            at_work[:] = [worker]
+            if ended.is_set():
+                return
             worker.run()
         finally:
             activity.close()

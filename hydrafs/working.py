@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from hydrafs.errors import NoLocks, from_oserror, has_no_locks
+from hydrafs.errors import HydraError, NoLocks, from_oserror, has_no_locks
 from hydrafs.store import Store
 from hydrafs.temporary import TEMPORARY
 
@@ -60,9 +60,10 @@ def tell(store: Store, work: Work) -> None:
     """Say what is done now; whoever asks while it is written gets what was said before."""
     temporary = store.private / f"{TEMPORARY}{secrets.token_hex(8)}"
     try:
+        store.check_root()
         temporary.write_bytes(msgspec.json.encode(work))
         os.replace(temporary, store.private / _TOLD)
-    except (OSError, ValueError, msgspec.MsgspecError):  # a full disk, where the name would be there all the same
+    except (HydraError, OSError, ValueError, msgspec.MsgspecError):  # also of a full disk, where the name would stay
         with contextlib.suppress(OSError):
             temporary.unlink()
 
@@ -93,6 +94,7 @@ def alone(store: Store) -> Iterator[bool]:
         HydraError: the lock file cannot be made.
     """
     path = store.private / _LOCK
+    store.check_root()
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:

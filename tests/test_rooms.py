@@ -14,7 +14,7 @@ ROOMS = [
     "logs", "dtypes", "attributes", "cache", "layout",
     "identity", "filesystem", "openfiles", "leases",
     "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
-    "diff", "composition", "catalog", "temporary", "walk", "store", "suspect",
+    "diff", "composition", "catalog", "temporary", "root_identity", "store_lock", "walk", "store", "suspect",
     "filecopy", "keptlinks", "journal", "needs", "held", "keeping",
     "renaming",
     "replacing", "basehash", "prediction", "rehydrate", "readahead", "opening", "fingerprint", "matching", "bases",

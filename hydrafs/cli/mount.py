@@ -40,8 +40,9 @@ def _default_log(private: Path) -> str | None:
         path = folder / "mount.log"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=folder != private, exist_ok=True)
-            if os.access(path if path.exists() else folder, os.W_OK):
-                return os.fspath(path)
+            # Not access(2), which knows nothing of a full disk.
+            os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644))
+            return os.fspath(path)
     log.warning("no place for a log; name one with --log-file")
     return None
 

@@ -145,6 +145,7 @@ class Served(Observed):
     def _note_opened(self) -> None:
         opened = dict(self.counters.lately_opened()[:_NOTED])
         try:
+            self.tree.store.check_root()
             with TemporaryFile(self._notes().parent) as temporary:
                 # Not msgspec: names may hold bytes that are no UTF-8, which only escapes carry.
                 temporary.file.write(json.dumps(opened).encode())
