@@ -29,7 +29,7 @@ class OpenStore:
     """
 
     def __init__(self, root: str | os.PathLike[str], cache_nbytes: int = 1 << 30) -> None:
-        self.store = Store(root, create=os.access(Path(root).expanduser(), os.W_OK))
+        self.store = Store(root, looks=True)
         self._opener = Opener(self.store, ChunkCache(cache_nbytes))
 
     @property
@@ -128,7 +128,7 @@ def mount(
     root = opened.root if opened else Path(os.fspath(store)).expanduser().resolve()  # type: ignore[arg-type]
     temporary = opened or OpenStore(root)
     try:
-        folders = temporary.store.base_folders
+        folders = (*temporary.store.base_folders, *temporary.store.base_files)
     finally:
         if opened is None:
             temporary.close()

@@ -182,29 +182,28 @@ def _candidates(
         with contextlib.suppress(OSError):
             stat = path.stat()
             seen.add((stat.st_dev, stat.st_ino))
-    for folder in (store.root, *store.base_folders):
-        for entry in store.models(folder):
-            try:
-                stat = entry.path.stat()
-                if (stat.st_dev, stat.st_ino) in seen:
-                    continue
-                reason = refused(entry.path)
-                if reason:  # not by this name; it may have another
-                    if not entry.is_diff:
-                        suspects.append((Candidate(entry, facts_of_file(store, entry.path)), reason))
-                    continue
-                seen.add((stat.st_dev, stat.st_ino))
-                if entry.is_diff:
-                    diffs.append((stat.st_mtime_ns, entry))
-                else:
-                    plain.append(Candidate(entry, facts_of_file(store, entry.path)))
-            except Exception as error:  # whatever one file of the store raises, the others may serve
-                log.debug("%s serves as no base: %s", entry.path, error)
+    for entry in store.candidates():
+        try:
+            stat = entry.path.stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                continue
+            reason = refused(entry.path)
+            if reason:  # not by this name; it may have another
+                if not entry.is_diff:
+                    suspects.append((Candidate(entry, facts_of_file(store, entry.path)), reason))
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            if entry.is_diff:
+                diffs.append((stat.st_mtime_ns, entry))
+            else:
+                plain.append(Candidate(entry, facts_of_file(store, entry.path)))
+        except Exception as error:  # whatever one file of the store raises, the others may serve
+            log.debug("%s serves as no base: %s", entry.path, error)
     return plain, [entry for _, entry in sorted(diffs, key=lambda item: -item[0])], suspects
 
 
 def _add_further(facts: ModelFacts, parents: list[Candidate], others: list[Candidate], reasons: list[str]) -> None:
-    while len(parents) < MAX_PARENTS and others:
+    while others:
         now = match(facts, [c.facts for c in parents])
         gains = []
         for other in others:
@@ -219,8 +218,19 @@ def _add_further(facts: ModelFacts, parents: list[Candidate], others: list[Candi
         most = int(np.argmax(gains))
         if gains[most] < WORTH_A_PARENT_NBYTES:
             return
+        if len(parents) >= MAX_PARENTS:
+            reasons.append(_lack(now, others[most].entry.name))
+            return
         reasons.append(f"also {others[most].entry.name}: closer for {gains[most] / 1e6:.1f} MB")
         parents.append(others.pop(most))
+
+
+def _lack(matches: Sequence[Match | None], further: str) -> str:
+    """Why a model is larger than it might be: there are more models that it is made of than parents that it gets."""
+    lacking = sum(found is None for found in matches)
+    if not lacking:
+        return f"{further} would be closer for some tensors: at most {MAX_PARENTS} parents"
+    return f"{lacking} of {len(matches)} tensors have no parent: at most {MAX_PARENTS} parents"
 
 
 def coverage(facts: ModelFacts, matches: Sequence[Match | None]) -> float:

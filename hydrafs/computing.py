@@ -101,20 +101,28 @@ class ComputedModel:
 
 
 def make_virtual(
-    store: Store, recipe: Recipe, entries: Sequence[ModelEntry], target: Path, *, jobs: int, progress: Progress
+    store: Store,
+    recipe: Recipe,
+    entries: Sequence[ModelEntry],
+    target: Path,
+    *,
+    jobs: int,
+    progress: Progress,
+    folders: Sequence[Path] = (),
 ) -> Made:
     """Write the recipe as a diff, so that the model is listed as ``target``: formulas, and no residual but for tensors
     that formulas do not give.
 
     Args:
         entries: the models of the recipe, in its order.
+        folders: stores that some of them are in, and this one is not: the store's base folders from then on.
 
     Raises:
         AlreadyThere: something stands under that name.
         HydraError: a model cannot be read, or the diff not be written; nothing is left.
     """
     diff = target.with_name(target.name + SUFFIX)
-    _check_target(target, diff)
+    check_target(target)
     sources = [model.source for model in recipe.models]
     opened = [source for source in sources if isinstance(source, FileSource | Rehydrated)]
     hold(opened)
@@ -155,6 +163,8 @@ def make_virtual(
         prove(store, temporary.path, lambda nbytes: progress("prove", nbytes, model.size), manifest.sha256)
         with store.lock():
             keep_parents(store, [entries[i] for i in used], records, opened)
+            store.add_base_files([entries[i].path for i in used if not entries[i].is_diff])
+            store.add_base_folders(folders)
             temporary.commit(diff)
     return Made(target, diff, model.size, stored, manifest.sha256, recipe)
 
@@ -166,7 +176,7 @@ def make_real(recipe: Recipe, target: Path, *, jobs: int, progress: Progress) ->
         AlreadyThere: something stands under that name.
         HydraError: a model cannot be read, or the file not be written; nothing is left.
     """
-    _check_target(target, target.with_name(target.name + SUFFIX))
+    check_target(target)
     skeleton = _skeleton(recipe, target.name, jobs, progress)
     free = shutil.disk_usage(target.parent).free
     if free < skeleton.size + _SPACE_MARGIN_NBYTES:
@@ -199,8 +209,14 @@ def _mode(recipe: Recipe) -> int:
     return first.stat.st_mode if isinstance(first, FileSource) else 0o100644
 
 
-def _check_target(target: Path, diff: Path) -> None:
-    for path in (target, diff):
+def check_target(target: Path) -> None:
+    """Refuse a place where no model can be made.
+
+    Raises:
+        AlreadyThere: something stands under that name.
+        UsageError: it is no name for a model, or there is no such folder.
+    """
+    for path in (target, target.with_name(target.name + SUFFIX)):
         if os.path.lexists(path):
             raise AlreadyThere("a model of that name exists", where=path, remedy="name another, or move it away")
     if target.name.endswith(SUFFIX) or is_private(target.name):

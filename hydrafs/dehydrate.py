@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -56,7 +57,8 @@ from hydrafs.version import __version__
 
 MUST_SHRINK_BY = 0.05
 _SPACE_MARGIN_NBYTES = 16 << 20
-_ALIKE = 0.002
+_COMPARED = 9
+_COMPARED_NBYTES = 4096
 
 Stage = Literal["hash", "encode", "prove"]
 Progress = Callable[[Stage, int, int], None]
@@ -70,7 +72,8 @@ class Options:
     compresses nothing. ``still`` is asked all along whether to go on: it waits, or raises what ends the work, and the
     model stays as it is; it is asked for the last time when the original has left its name. ``alone``: whether a model
     that resembles no other is compressed by itself. ``all_or_nothing``: where the original cannot go, the diff does not
-    stay either, and ``Changing`` is raised."""
+    stay either, and ``Changing`` is raised. ``begin`` is called once, when nothing can be refused any more and before
+    anything is written."""
 
     bases: tuple[Path, ...] = ()
     not_bases: tuple[Path, ...] = ()
@@ -81,11 +84,13 @@ class Options:
     still: Callable[[], None] = lambda: None
     alone: bool = True
     all_or_nothing: bool = False
+    begin: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a model. ``stored_nbytes`` is the diff's size, or the estimate where the model was left alone."""
+    """What became of a model. ``stored_nbytes`` is the diff's size, or the estimate where the model was left alone;
+    ``kept_nbytes`` what its original goes on taking, because others need it or it has another name."""
 
     model: Path
     diff: Path | None
@@ -95,6 +100,7 @@ class Outcome:
     parents: tuple[str, ...]
     reasons: tuple[str, ...]
     original_removed: bool
+    kept_nbytes: int = 0
 
 
 def dehydrate(
@@ -181,6 +187,7 @@ def dehydrate(
             if not raw and share > 0.98:
                 return _left_alone(model, source.size, round(share * source.size), choice.reasons)
             _check_space(folder, share * source.size, model)
+            options.begin()
             with TemporaryFile(folder) as temporary, disk_errors(target):
 
                 def encoded(nbytes: int) -> None:
@@ -219,6 +226,7 @@ def dehydrate(
                             detail="; ".join(unheld),
                             remedy="move it to the store's own filesystem, or name it with --base",
                         )
+                    store.add_base_files([entry.path for entry in entries if not entry.is_diff])
 
                 removed = _commit(
                     store, source, temporary, target, options,
@@ -231,9 +239,13 @@ def dehydrate(
                 reasons += (
                     "the original is kept: it, or what its diff needs, is in use or changed; dehydrate it again",
                 )
+            kept = 0
+            if removed and os.fstat(source.fd).st_nlink:
+                kept = source.size
+                reasons += (f"{needed_by or 'another link keeps it'}: its {source.size / 1e6:.1f} MB are not freed",)
             names = tuple(p.name for p in parents)
             made = target if os.path.lexists(target) else None
-            return Outcome(model, made, source.size, stored, manifest.sha256, names, reasons, removed)
+            return Outcome(model, made, source.size, stored, manifest.sha256, names, reasons, removed, kept)
         finally:
             hashes.close()
             if ahead is not None:
@@ -294,8 +306,14 @@ def _refuse(model: Path) -> None:
         if os.path.isfile(f"{model}{SUFFIX}"):
             raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
         raise NotFound("no such model", where=model, remedy="check the path")
+    if model.is_dir():
+        raise UsageError(
+            "a folder is no model",
+            where=model,
+            remedy=f"name the models in it; hydrafs watch {model} dehydrates what lands there",
+        )
     if not model.is_file():
-        raise UsageError("not a file", where=model, remedy="name the models, not their folder")
+        raise UsageError("not a file", where=model, remedy="name a model")
     if model.name.endswith(SUFFIX):
         raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
 
@@ -337,7 +355,6 @@ def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
             facts, _ = bases.facts_of_diff(store, entry.path)
         else:
             facts = bases.facts_of_file(store, entry.path)
-            store.add_base_folder(real_path(entry.path).parent)
         candidates.append(bases.Candidate(entry, facts))
     reason = "base as named: " + ", ".join(c.entry.name for c in candidates)
     return bases.Choice(tuple(candidates), (reason,), tuple(candidates))
@@ -400,17 +417,14 @@ def _evaluate(
             _check_chain(source, [parent])
             plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes)
             record = Parent(bytes(32), parent.size, candidate.entry.name, 0)
-            share = estimate(source, plan, [parent], _manifest(source, candidate.entry.name, layout, plan, [record]))
-            alike = share < _ALIKE and parent.size == source.size
-            if alike and isinstance(parent, Rehydrated) and sha256(source) == parent.manifest.sha256:
-                return 1.0  # another copy of this very model: a diff cannot need a model of its own SHA-256
-            return share
+            return estimate(source, plan, [parent], _manifest(source, candidate.entry.name, layout, plan, [record]))
     except HydraError:
         return 1.0
 
 
 def _check_chain(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> None:
-    """Refuse a chain of parents that is too long, or that leads back to the model itself."""
+    """Refuse a chain of parents that is too long, or that leads back to the model itself: to its file, or to a diff of
+    the same content, as a diff cannot need a model of its own SHA-256."""
     pending = [(parent, 2) for parent in opened]
     while pending:
         parent, depth = pending.pop()
@@ -422,6 +436,13 @@ def _check_chain(source: FileSource, opened: Sequence[FileSource | Rehydrated]) 
                 remedy="name a full model with --base",
             )
         if isinstance(parent, Rehydrated):
+            if _is_copy(source, parent):
+                raise ParentLoop(
+                    "a model cannot be stored against a diff of the same content",
+                    where=source.path,
+                    detail=f"{parent.diff.path} is a copy of it, or of what it needs",
+                    remedy="name another base, or remove one of the copies",
+                )
             pending += [(p.source, depth + 1) for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
         elif (parent.stat.st_dev, parent.stat.st_ino) == (source.stat.st_dev, source.stat.st_ino):
             raise ParentLoop(
@@ -430,6 +451,23 @@ def _check_chain(source: FileSource, opened: Sequence[FileSource | Rehydrated]) 
                 detail="it is needed to read the base",
                 remedy="name another base",
             )
+
+
+def _is_copy(source: FileSource, other: Rehydrated) -> bool:
+    """Whether a diff stands for the very bytes of ``source``. Fine-tunes of one base have one size: most are told apart
+    by a few blocks, and none is hashed for it."""
+    if other.size != source.size:
+        return False
+    for part in range(_COMPARED):
+        offset = max(0, source.size - _COMPARED_NBYTES) * part // (_COMPARED - 1)
+        if source.pread(offset, _COMPARED_NBYTES) != other.pread(offset, _COMPARED_NBYTES):
+            return False
+    return _sha256_of(source) == other.manifest.sha256
+
+
+@functools.lru_cache(maxsize=1)
+def _sha256_of(source: FileSource) -> bytes:
+    return sha256(source)
 
 
 def _check_space(folder: Path, nbytes: float, model: Path) -> None:

@@ -70,13 +70,12 @@ def family_of(store: Store) -> list[Member]:
     """Every model of the store and every model that it needs. ``children`` are those mostly predicted by it."""
     members: dict[str, Member] = {}
     diffs: list[tuple[Member, list[tuple[bytes, str, int]], tuple[Share, ...]]] = []
-    for folder in (store.root, *store.base_folders):
-        for entry in store.models(folder):
-            member, parents, shares = _member(store, entry)
-            if member.key in members or (folder != store.root and entry.is_diff):
-                continue
-            members[member.key] = member
-            diffs.append((member, parents, shares))
+    for entry in store.candidates():
+        member, parents, shares = _member(store, entry)
+        if member.key in members or (Path(entry.name).is_absolute() and entry.is_diff):
+            continue
+        members[member.key] = member
+        diffs.append((member, parents, shares))
     by_name = {(Path(m.name).name, m.size): m for m in members.values() if m.state == "plain"}
     for member, parents, shares in diffs:
         for share in shares:

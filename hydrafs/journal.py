@@ -20,7 +20,7 @@ from pathlib import Path
 from hydrafs.store import Store
 from hydrafs.temporary import TemporaryFile
 
-__all__ = ["Entry", "is_file", "pending", "write"]
+__all__ = ["Entry", "has_pending", "is_file", "pending", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,13 @@ def write(store: Store, kind: str, places: Mapping[str, Path], numbers: Mapping[
         temporary.file.write(json.dumps({"kind": kind, "places": named, "numbers": dict(numbers)}).encode())
         temporary.commit(path)
     return Entry(path, kind, places, numbers)
+
+
+def has_pending(store: Store) -> bool:
+    """Whether something was begun and not ended: by a killed process, or by one that is at it."""
+    with contextlib.suppress(OSError):
+        return any(name.startswith(_PREFIX) for name in os.listdir(store.private))
+    return False
 
 
 def pending(store: Store) -> Iterator[Entry]:

@@ -12,17 +12,16 @@ import errno
 import logging
 import os
 import queue
-import re
 import shutil
 import stat
 import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydrafs.errors import Denied, HydraError, MountFailed, NotFound, UsageError
+from hydrafs.mounttable import MountInfo, all_mounts
 
 __all__ = ["MountInfo", "all_mounts", "check_mountpoint", "check_store_paths", "clear_stale", "our_mounts",
            "raise_readahead", "resolve", "unmount", "wait_until_answers"]  # fmt: skip
@@ -37,36 +36,6 @@ _TRIGGER = "autofs"
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount(2)
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
 _SEE_LOG = "look into its log, or mount with --foreground"
-
-
-@dataclass(frozen=True, slots=True)
-class MountInfo:
-    """One line of ``/proc/self/mountinfo``. ``device`` is ``MAJOR:MINOR``."""
-
-    mount_id: int
-    device: str
-    mountpoint: Path
-    fstype: str
-    source: str
-    options: tuple[str, ...]
-
-
-def _unescape(field: str) -> str:
-    """Space, tab, newline and backslash are written as three octal digits (proc(5))."""
-    return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)
-
-
-def all_mounts() -> list[MountInfo]:
-    """Every mount of this namespace, in the order of the kernel: of two on one place the last is on top."""
-    found = []
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as table:
-        for line in table:
-            left, _, right = line.rstrip("\n").partition(" - ")
-            fields, (fstype, source, super_options) = left.split(" "), right.split(" ")[:3]
-            options = dict.fromkeys([*fields[5].split(","), *super_options.split(",")])
-            mountpoint = Path(_unescape(fields[4]))
-            found.append(MountInfo(int(fields[0]), fields[2], mountpoint, fstype, _unescape(source), tuple(options)))
-    return found
 
 
 def our_mounts() -> list[MountInfo]:
@@ -155,7 +124,7 @@ def check_store_paths(mountpoint: Path, store_paths: Sequence[str | os.PathLike[
 
     Args:
         mountpoint: resolved.
-        store_paths: the store, its bases' folders, its cache: everything that the daemon opens by name.
+        store_paths: the store, then its bases' folders and files, its cache: everything that the daemon opens by name.
         over_store: the tree holds descriptors from before the mount, so a path may be the mountpoint itself.
 
     Raises:
@@ -182,10 +151,11 @@ def check_store_paths(mountpoint: Path, store_paths: Sequence[str | os.PathLike[
                 remedy="choose a mountpoint outside",
             )
         if mountpoint.is_relative_to(path):
+            is_store = given == store_paths[0]
             raise UsageError(
-                "the mountpoint lies inside the store",
+                f"the mountpoint lies inside {'the store' if is_store else 'a base folder'}",
                 where=mountpoint,
-                detail=f"the mount of {path} would show itself",
+                detail=f"the mount of {path} would show itself" if is_store else f"bases are looked for in {path}",
                 remedy="choose a mountpoint outside",
             )
 

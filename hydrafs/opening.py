@@ -29,6 +29,7 @@ from hydrafs.leases import QuietFile
 from hydrafs.manifest import Parent
 from hydrafs.rehydrate import OpenParent, Rehydrated
 from hydrafs.store import ModelEntry, Store, listed_name, trailer_of
+from hydrafs.walk import list_folder
 
 log = logging.getLogger(__name__)
 
@@ -292,7 +293,8 @@ class Opener:
         store = self.store
         hint = store.root / parent.name
         folders = (store.root, *store.base_folders)
-        hints = [hint, *(folder / Path(parent.name).name for folder in folders)]
+        name = Path(parent.name).name
+        hints = [hint, *(folder / name for folder in folders), *(f for f in store.base_files if f.name == name)]
         for path in hints:
             yield path
             yield Path(f"{path}{SUFFIX}")
@@ -304,21 +306,26 @@ class Opener:
         by_size, by_sha256 = self._scanned()
         yield from by_sha256.get(parent.sha256, ())
         yield from by_size.get(parent.size, ())
+        # A base file that was given another name in its folder is still the base.
+        for folder in dict.fromkeys(file.parent for file in store.base_files):
+            for entry in list_folder(folder).files:
+                with contextlib.suppress(OSError):
+                    if entry.stat().st_size == parent.size:
+                        yield Path(entry.path)
 
     def _scanned(self) -> tuple[dict[int, list[Path]], dict[bytes, list[Path]]]:
-        """Every file of the store and the base folders, plain ones by size and diffs by their model's SHA-256."""
+        """Every file that may be a parent, plain ones by size and diffs by their model's SHA-256."""
         with self._lock:
             if self._scan and time.monotonic() - self._scan[0] < _SCAN_SECONDS:
                 return self._scan[1], self._scan[2]
         by_size: dict[int, list[Path]] = {}
         by_sha256: dict[bytes, list[Path]] = {}
-        for folder in (self.store.root, *self.store.base_folders):
-            for model in self.store.models(folder):
-                with contextlib.suppress(OSError, HydraError):
-                    if model.is_diff:
-                        by_sha256.setdefault(trailer_of(model.path).sha256, []).append(model.path)
-                    else:
-                        by_size.setdefault(model.path.stat().st_size, []).append(model.path)
+        for model in self.store.candidates():
+            with contextlib.suppress(OSError, HydraError):
+                if model.is_diff:
+                    by_sha256.setdefault(trailer_of(model.path).sha256, []).append(model.path)
+                else:
+                    by_size.setdefault(model.path.stat().st_size, []).append(model.path)
         with self._lock:
             self._scan = (time.monotonic(), by_size, by_sha256)
         return by_size, by_sha256

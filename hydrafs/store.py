@@ -21,7 +21,8 @@ import tomli_w
 from hydrafs.catalog import Catalog
 from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
-from hydrafs.errors import NoSpace, NotFound, StoreLocked, UsageError, from_oserror
+from hydrafs.errors import HydraError, NoSpace, NotFound, UsageError, from_oserror
+from hydrafs.mounttable import fuse_mountpoints
 from hydrafs.root_identity import MARK, RootIdentity
 from hydrafs.store_lock import StoreLock
 from hydrafs.temporary import TemporaryFile
@@ -289,7 +290,9 @@ class Store:
             raise UsageError(
                 "protect is neither true nor false", where=self._config_path, remedy="write protect = true"
             )
+        files = self._texts(config, "base_files", '["/path/sd15.safetensors"]')
         self.base_folders = tuple(real_path(self.root / Path(f).expanduser()) for f in folders)
+        self.base_files = tuple(real_path(self.root / Path(f).expanduser()) for f in files)
         self.pinned = pinned
         self.protect = protect or self.always_protect
 
@@ -324,15 +327,36 @@ class Store:
 
     def add_base_folder(self, folder: Path) -> None:
         """Search ``folder`` for bases and parents from now on; kept in ``.hydrafs/config.toml``."""
-        folder = real_path(folder)
-        if folder in self.base_folders or folder.is_relative_to(self.root):
+        with self.lock():
+            self.add_base_folders([folder])
+
+    def add_base_folders(self, folders: Collection[Path]) -> None:
+        """``add_base_folder`` of several, for a caller that holds the lock."""
+        resolved = dict.fromkeys(real_path(folder) for folder in folders)
+        new = [f for f in resolved if f not in self.base_folders and not f.is_relative_to(self.root)]
+        if not new:
             return
 
         def add(config: dict[str, object]) -> None:
-            config["base_folders"] = [*self._texts(config, "base_folders", ""), os.fspath(folder)]
+            known = self._texts(config, "base_folders", "")
+            config["base_folders"] = [*known, *(os.fspath(f) for f in new if os.fspath(f) not in known)]
 
-        with self.lock():
-            self._change_config(add)
+        self._change_config(add)
+
+    def add_base_files(self, files: Collection[Path]) -> None:
+        """Find parents in these files from now on, those that are not in the store already; kept in
+        ``.hydrafs/config.toml``. What else stands in their folders is not looked at. The caller holds the lock."""
+        resolved = dict.fromkeys(real_path(file) for file in files)
+        places = (self.root, *self.base_folders)
+        new = [f for f in resolved if f not in self.base_files and not any(f.is_relative_to(p) for p in places)]
+        if not new:
+            return
+
+        def add(config: dict[str, object]) -> None:
+            known = self._texts(config, "base_files", "")
+            config["base_files"] = [*known, *(os.fspath(f) for f in new if os.fspath(f) not in known)]
+
+        self._change_config(add)
 
     def pin(self, names: Collection[str], *, unpin: Collection[str] = ()) -> None:
         """Keep the models of these names whole from now on; kept in ``.hydrafs/config.toml``. No other names are
@@ -420,7 +444,7 @@ class Store:
             return
         with contextlib.ExitStack() as stack:
             # No lock: nobody has changed this store yet. Locks may be unknown to its filesystem, or want to write.
-            with contextlib.suppress(OSError, StoreLocked):
+            with contextlib.suppress(OSError, HydraError):
                 fd = os.open(self.private / "lock", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, fd)
                 self._lock.wait(fd, min(_LOOKER_SECONDS, seconds or _LOOKER_SECONDS))
@@ -436,14 +460,22 @@ class Store:
         trouble: Report | None = None,
     ) -> Iterator[Folder]:
         """Every folder under ``folder`` (default: the whole store) as ``hydrafs.walk`` has it, without hydrafs' own
-        files and what this process must not enter. ``trouble`` is told what could not be listed or looked at."""
+        files and what this process must not enter. ``trouble`` is told what could not be listed or looked at.
+
+        Outside the store nothing is needed by anybody: of a base folder what is mounted below it by FUSE is left out,
+        since it may be a mount of this very store.
+        """
+        top = folder or self.root
+        mounts = frozenset() if top.is_relative_to(self.root) else fuse_mountpoints()
 
         def leave_out(entry: os.DirEntry[str]) -> bool:
-            return is_private(entry.name) or (
-                self.off_limits is not None and entry.is_symlink() and self.is_off_limits(entry.path)
+            return (
+                is_private(entry.name)
+                or entry.path in mounts
+                or (self.off_limits is not None and entry.is_symlink() and self.is_off_limits(entry.path))
             )
 
-        return walk(folder or self.root, leave_out=leave_out, report=trouble, entered=entered)
+        return walk(top, leave_out=leave_out, report=trouble, entered=entered)
 
     def models(
         self,
@@ -468,6 +500,16 @@ class Store:
                 if is_diff or looks_like_model(name):
                     path = Path(entry.path)
                     yield ModelEntry(self.relative(path.with_name(name)), path, is_diff)
+
+    def candidates(self) -> Iterator[ModelEntry]:
+        """Every model that may serve as a parent: those of the store, of its base folders, and its base files."""
+        for folder in (self.root, *self.base_folders):
+            if folder == self.root or not self.is_off_limits(folder):
+                yield from self.models(folder)
+        for file in self.base_files:
+            entry = None if self.is_off_limits(file) else self.entry(file)
+            if entry is not None:
+                yield entry
 
     def is_off_limits(self, path: str | os.PathLike[str]) -> bool:
         """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``."""

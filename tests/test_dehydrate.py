@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -331,13 +332,17 @@ def test_a_base_from_outside_the_store_is_remembered(models: ModelMaker, store: 
     outcome = check_round_trip(store, models.save(store / "tuned.safetensors", models.tuned("fp16")), bases=(base,))
     assert outcome.parents == (str(base),)
     with contextlib.closing(Store(store)) as opened:
-        assert opened.base_folders == (base.parent,)
-    # Found by itself from now on, under another name too.
-    base.rename(base.with_name("renamed.ckpt"))
+        assert (opened.base_files, opened.base_folders) == ((base,), ())
+    # Found by itself from now on; what else stands in its folder is not.
+    models.save(
+        base.with_name("closer.safetensors"), models.base("fp16") | {"up.bias": models.tuned("fp16")["up.bias"]}
+    )
     tensors = models.base("fp16")
     tensors["up.bias"] += 1
     other = models.save(store / "other.safetensors", tensors)
-    assert check_round_trip(store, other).parents == (str(base.with_name("renamed.ckpt")),)
+    assert check_round_trip(store, other).parents == (str(base),)
+    shutil.rmtree(store / ".hydrafs" / "held")
+    base.rename(base.with_name("renamed.ckpt"))
     with contextlib.closing(Store(store)) as opened:
         prove(opened, store / "tuned.safetensors.hydra")
 

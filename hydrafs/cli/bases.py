@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from hydrafs import keeping, tending
+from hydrafs import keeping
 from hydrafs.cli.common import (
     human,
     json_option,
@@ -22,6 +22,8 @@ from hydrafs.cli.common import (
 from hydrafs.diff import DiffFile
 from hydrafs.errors import HydraError, NotFound, UsageError
 from hydrafs.identity import FileIdentity
+from hydrafs.needs import census
+from hydrafs.retained import unheld
 from hydrafs.store import Store
 
 
@@ -36,24 +38,23 @@ def command(store: str, pin: tuple[str, ...], unpin: tuple[str, ...], as_json: b
     A parent that is a diff itself is listed too; so is one that was removed and is kept for others (retired), one whose
     name went behind hydrafs' back (held), and one that is missing.
     """
-    with contextlib.closing(open_store(store, create=bool(pin or unpin))) as opened:
+    with contextlib.closing(open_store(store)) as opened:
         if pin or unpin:
             _pin(opened, pin, unpin)
-        unheld = [n.parent.name for n in tending.hold_parents(opened)] if os.access(opened.root, os.W_OK) else []
+        loose = [need.parent.name for need in unheld(opened, census(opened))]
         needed: dict[str, tuple[str, int, list[str]]] = {}
         diffs: dict[str, str] = {}
         plain: list[tuple[str, Path, int]] = []
-        for folder in (opened.root, *opened.base_folders):
-            for model in opened.models(folder):
-                with contextlib.suppress(OSError, HydraError):
-                    if not model.is_diff:
-                        plain.append((model.name, model.path, model.path.stat().st_size))
-                        continue
-                    with DiffFile(model.path) as diff:
-                        diffs[diff.manifest.sha256.hex()] = model.name
-                        for parent in diff.manifest.parents:
-                            digest = parent.sha256.hex()
-                            needed.setdefault(digest, (parent.name, parent.size, []))[2].append(model.name)
+        for model in opened.candidates():
+            with contextlib.suppress(OSError, HydraError):
+                if not model.is_diff:
+                    plain.append((model.name, model.path, model.path.stat().st_size))
+                    continue
+                with DiffFile(model.path) as diff:
+                    diffs[diff.manifest.sha256.hex()] = model.name
+                    for parent in diff.manifest.parents:
+                        digest = parent.sha256.hex()
+                        needed.setdefault(digest, (parent.name, parent.size, []))[2].append(model.name)
         facts = []
         met = set()
         for name, path, size in plain:
@@ -77,14 +78,17 @@ def command(store: str, pin: tuple[str, ...], unpin: tuple[str, ...], as_json: b
                     }
                 )  # fmt: skip
         folders = [str(f) for f in opened.base_folders]
+        files = [str(f) for f in opened.base_files]
     if as_json:
-        print_json({"bases": facts, "base_folders": folders, "unheld": unheld})
+        print_json({"bases": facts, "base_folders": folders, "base_files": files, "unheld": loose})
         return
     rows = [[str(f["name"]), str(f["state"]), human(float(str(f["size"]))), _shown(f["dependents"])] for f in facts]
     print_table(["base", "state", "size", "needed by"], rows, right=(2,))
     for name in folders:
         say(f"base folder: {name}")
-    tell_unheld(unheld)
+    for name in files:
+        say(f"base file: {name}")
+    tell_unheld(loose)
 
 
 def _kept(store: Store, sha256: bytes) -> str:

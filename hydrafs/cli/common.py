@@ -17,9 +17,12 @@ from hydrafs.covered import cover, keep_catalogs_in, shown
 from hydrafs.errors import NotFound, printable
 from hydrafs.logs import Style
 from hydrafs.mountpoints import our_mounts, resolve
+from hydrafs.retained import Kept, aside_files, unhashed_files
 from hydrafs.service.control import ask, runtime_folders
 from hydrafs.store import ModelEntry, Store, find_root
+from hydrafs.walk import Trouble
 
+_NAMED = 3
 _XATTR_PATH = "user.hydrafs.path"
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
@@ -65,17 +68,23 @@ def catalogs() -> Path:
     return Path(cache) / "hydrafs"
 
 
-def open_store(folder: str | os.PathLike[str], *, create: bool = False) -> Store:
-    """The store at ``folder``, or that the mount at ``folder`` shows."""
-    return Store(real_path(folder), create=create)
+def open_store(folder: str | os.PathLike[str]) -> Store:
+    """The store at ``folder``, or that the mount at ``folder`` shows; nothing is written to it before it is acted on
+    (``Store.begin``)."""
+    return Store(real_path(folder), looks=True)
 
 
 def find_model(name: str | os.PathLike[str]) -> tuple[Store, ModelEntry]:
-    """The model that an argument means, and the store that it is in: the nearest one above it, else its own folder."""
+    """The model that an argument means, and the store that it is in: the nearest one above it, else its own folder.
+    Nothing is written to the store before it is acted on."""
     path = real_path(name)
-    folder = path.parent
-    store = Store(find_root(folder) or folder)
+    store = store_of(path.parent)
     return store, store.locate(path)
+
+
+def store_of(folder: Path) -> Store:
+    """The store that ``folder`` is in, or that it will be once it is acted on, where it is in none."""
+    return Store(find_root(folder) or folder, looks=True)
 
 
 def default_jobs(jobs: int | None) -> int:
@@ -106,6 +115,57 @@ def print_json(facts: object) -> None:
 def say(line: str) -> None:
     """A line for people, on stdout: names with line feeds or escapes in them stay on it."""
     print(printable(line))
+
+
+def kept_line(kept: Sequence[Kept]) -> str:
+    """What a store keeps besides what it lists, in a line for people; empty where that is nothing."""
+    if not kept:
+        return ""
+    count = "1 file" if len(kept) == 1 else f"{len(kept)} files"
+    shown_kept = sorted(kept, key=lambda k: -k.nbytes)[:_NAMED]
+    more = f", and {len(kept) - _NAMED} more" if len(kept) > _NAMED else ""
+    parts = "; ".join(f"{k.name or k.path.name[:16]} -> {kept_for(k)}" for k in shown_kept)
+    return f"kept for others: {count}, {human(sum(k.nbytes for k in kept))} ({parts}{more})"
+
+
+def kept_for(kept: Kept) -> str:
+    """For whom a file is kept."""
+    if kept.dependents:
+        others = f" and {len(kept.dependents) - 1} more" if len(kept.dependents) > 1 else ""
+        return f"needed by {kept.dependents[0]}{others}"
+    if kept.is_needed:
+        return "needed by what is kept itself"
+    if kept.folder == "trash":
+        return "removed lately; hydrafs undelete brings it back"
+    return "needed by nobody; hydrafs gc removes it" if kept.sha256 else "not looked through yet; hydrafs gc does"
+
+
+def kept_facts(kept: Kept) -> dict[str, object]:
+    """The same for programs."""
+    return {
+        "name": kept.name,
+        "folder": kept.folder,
+        "sha256": kept.sha256.hex(),
+        "size": kept.nbytes,
+        "dependents": list(kept.dependents),
+        "needed": kept.is_needed,
+    }
+
+
+def leftovers(store: Store) -> list[str]:
+    """What is in a store that no listing shows and no model needs to be read: a line for each, with what to do."""
+    lines = [
+        f"{path}: put aside by a killed command; hydrafs gc ends what that began, else it may be an only copy"
+        for path in aside_files(store)
+    ]
+    lines += [f"{path}: retired before its SHA-256 was known; hydrafs gc takes it" for path in unhashed_files(store)]
+    return lines
+
+
+def tell_troubles(troubles: Sequence[Trouble]) -> None:
+    """Warn of what could not be looked at, on stderr."""
+    for trouble in troubles:
+        print(printable(f"hydrafs: warning: cannot look at {trouble}"), file=sys.stderr)
 
 
 def tell_unheld(names: Sequence[str]) -> None:

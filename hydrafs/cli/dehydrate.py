@@ -21,11 +21,13 @@ from hydrafs.cli.common import (
     progress_bar,
     real_path,
     say,
+    store_of,
 )
 from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
 from hydrafs.errors import HydraError, UsageError
+from hydrafs.journal import has_pending
 from hydrafs.replacing import recover
-from hydrafs.store import Store, find_root
+from hydrafs.store import Store
 from hydrafs.temporary import remove_leftovers
 
 
@@ -87,23 +89,18 @@ def _one(
     jobs: int,
     together: tuple[Path, ...],
 ) -> Outcome:
-    if folder:
-        target = real_path(folder)
-        root = find_root(target) or target
-    else:
-        target = path.parent
-        root = find_root(target) or target
+    target = real_path(folder) if folder else path.parent
     options = Options(
         bases=tuple(real_path(b) for b in bases),
         not_bases=together,
         keep=keep,
         jobs=jobs,
         codec=codec,
+        begin=lambda: _tidy(store, target),
     )
-    store = Store(root, create=True)
-    with contextlib.closing(store), contextlib.ExitStack() as stack:
-        recover(store)
-        remove_leftovers(target)
+    with contextlib.closing(store_of(target)) as store, contextlib.ExitStack() as stack:
+        if not path.exists() and has_pending(store):
+            recover(store)  # the original may be what a killed command has to give back
         bars: dict[Stage, Callable[[int], None]] = {}
         titles = {"hash": "hashing the base", "encode": f"dehydrating {path.name}", "prove": f"proving {path.name}"}
 
@@ -116,6 +113,13 @@ def _one(
         return dehydrate(store, path, options, folder=target, progress=report)
 
 
+def _tidy(store: Store, target: Path) -> None:
+    """End what killed commands left; a folder that is no store yet is not made one for it."""
+    if store.private.is_dir():
+        recover(store)
+    remove_leftovers(target)
+
+
 def _facts(outcome: Outcome) -> dict[str, object]:
     return {
         "model": str(outcome.model),
@@ -126,6 +130,7 @@ def _facts(outcome: Outcome) -> dict[str, object]:
         "parents": list(outcome.parents),
         "reasons": list(outcome.reasons),
         "original_removed": outcome.original_removed,
+        "kept": outcome.kept_nbytes,
     }
 
 

@@ -24,12 +24,14 @@ from typing import Any
 
 import msgspec
 
-from hydrafs.cli.common import human
+from hydrafs.cli.common import human, kept_line, leftovers
 from hydrafs.codecs import rans
 from hydrafs.digests import twins_available
 from hydrafs.errors import HydraError
 from hydrafs.libfuse import MAX_READ_NBYTES, load_binding
 from hydrafs.mountpoints import READAHEAD_KIB, all_mounts, our_mounts, wait_until_answers
+from hydrafs.needs import census
+from hydrafs.retained import kept, unheld
 from hydrafs.service.memory import fitting_cache, limit_nbytes
 from hydrafs.store import Store, trailer_of
 
@@ -341,7 +343,7 @@ def store(root: Path) -> Iterator[Finding]:
     Raises:
         HydraError: there is no such store.
     """
-    with contextlib.closing(Store(root)) as opened:
+    with contextlib.closing(Store(root, looks=True)) as opened:
         yield from _disk(opened)
         newest, newest_path = 0.0, root
         for model in opened.models():
@@ -355,10 +357,30 @@ def store(root: Path) -> Iterator[Finding]:
             yield Finding("clock of the store", "note", f"{newest_path} is {ahead:.0f} s in the future", remedy)
         elif newest:
             yield Finding("clock of the store", "ok", "no file is newer than now")
-        for folder in opened.base_folders:
-            if not folder.is_dir():
+        yield from _keeps(opened)
+        for folder in (*opened.base_folders, *opened.base_files):
+            if not folder.exists():
                 remedy = f"bring it back, or take it out of {opened.private / 'config.toml'}"
-                yield Finding("base folder", "note", f"{folder}: missing", remedy)
+                what = "base file" if folder in opened.base_files else "base folder"
+                yield Finding(what, "note", f"{folder}: missing", remedy)
+
+
+def _keeps(opened: Store) -> Iterator[Finding]:
+    """What cannot be looked at, what is kept besides the listing, and what nothing keeps."""
+    needs = census(opened)
+    for trouble in needs.troubles:
+        remedy = "nothing that might be needed is removed while it cannot be looked at: give the right, or restore it"
+        yield Finding("cannot be looked at", "note", str(trouble), remedy)
+    others = kept(opened, needs)
+    if others:
+        yield Finding("kept for others", "ok", kept_line(others).partition(": ")[2])
+    for line in leftovers(opened):
+        found, _, remedy = line.rpartition("; ")
+        yield Finding("left over", "note", found, remedy)
+    for need in unheld(opened, needs):
+        found = f"{need.parent.name}: needed by {', '.join(need.dependents[:3]) or 'what is kept'}"
+        remedy = "keep it safe: it is missing, or on another filesystem, and only its name keeps it"
+        yield Finding("parent not held", "note", found, remedy)
 
 
 def _disk(opened: Store) -> Iterator[Finding]:

@@ -59,7 +59,7 @@ def command(
     parsed = parse_options(",".join(passed))
     if fake:
         with contextlib.closing(open_store(store)) as opened:
-            preflight(mountpoint, store_paths=[opened.root, *opened.base_folders], options=parsed)
+            preflight(mountpoint, store_paths=[opened.root, *opened.base_folders, *opened.base_files], options=parsed)
         return
     mount.main([store, mountpoint, "-o", ",".join(passed), *arguments], standalone_mode=False)
     if verbose:

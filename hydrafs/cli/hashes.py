@@ -47,7 +47,7 @@ def command(
     list and load models without hashing them.
     """
     worst = 0
-    with contextlib.closing(open_store(store, create=read)) as opened:
+    with contextlib.closing(open_store(store)) as opened:
         known = KnownHashes(opened)
         facts = []
         for entry in opened.models():
@@ -87,6 +87,7 @@ def _facts(store: Store, known: KnownHashes, entry: ModelEntry, read: bool) -> t
     try:
         hashes = known.of_model(entry)
         if read and missing(hashes, container_of(entry)):
+            store.begin()
             with progress_bar(f"hashing {Path(entry.name).name}", os.path.getsize(entry.path)) as progress:
                 hashes = compute(store, entry, progress)
         return {"name": entry.name, "hashes": {n: v.hex() for n, v in hashes.items()}, "error": ""}, 0
@@ -106,6 +107,8 @@ def _seed(
     of = kind or kind_of(webui)
     folders = [Path(p) for p in checkpoints] or [webui / "models" / "Stable-diffusion"]
     lora_folders = [Path(p) for p in loras] or [webui / "models" / "Lora", webui / "models" / "LyCORIS"]
+    if store.private.is_dir():
+        store.begin()  # its catalog keeps what old hashes are taken of
     entries, told = entries_of(store, of, folders, lora_folders)  # type: ignore[arg-type]
     seed(webui, of, entries, told)  # type: ignore[arg-type]
     return {

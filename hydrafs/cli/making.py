@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from hydrafs import containers, covered
+from hydrafs import containers
 from hydrafs.cache import ChunkCache
 from hydrafs.cli.common import (
     default_jobs,
@@ -24,14 +24,15 @@ from hydrafs.cli.common import (
     progress_bar,
     real_path,
     say,
+    store_of,
 )
-from hydrafs.computing import Made, Progress, make_real, make_virtual
+from hydrafs.computing import Made, Progress, check_target, make_real, make_virtual
 from hydrafs.errors import UsageError
 from hydrafs.layout import FileSource
 from hydrafs.opening import Opener
 from hydrafs.recipes import Model, Recipe
 from hydrafs.rehydrate import Rehydrated
-from hydrafs.store import ModelEntry, Store, find_root
+from hydrafs.store import ModelEntry, Store
 
 _CACHE_NBYTES = 128 << 20
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -121,12 +122,14 @@ def write(
     else:
         assert virtual is not None
         target = _place(virtual)
-        with contextlib.closing(Store(find_root(target.parent) or target.parent, create=True)) as store:
-            for other, entry in models:
-                store.add_base_folder(other.root if entry.is_diff else covered.real_path(entry.path).parent)
+        check_target(target)
+        with contextlib.closing(store_of(target.parent)) as store, _stages("making") as progress:
             entries = [entry for _, entry in models]
-            with _stages("making") as progress:
-                made = make_virtual(store, recipe, entries, target, jobs=default_jobs(jobs), progress=progress)
+            # What the diff of another store needs is found there.
+            others = {other.root for other, entry in models if entry.is_diff and other.root != store.root}
+            made = make_virtual(
+                store, recipe, entries, target, jobs=default_jobs(jobs), progress=progress, folders=sorted(others)
+            )
     _tell(made, as_json)
 
 

@@ -94,7 +94,7 @@ def command(
         check_mountpoint(point, nonempty=True)
     parsed = parse_options(",".join([*options, *(["ro"] if read_only else [])]))
     with contextlib.closing(open_store(store)) as opened:
-        root, folders = opened.root, opened.base_folders
+        root, folders, files = opened.root, opened.base_folders, opened.base_files
         private = opened.private
         given = policy_given(dehydrate, settle, include, exclude, min_size)
         Policy.of(opened, **given)  # what is wrong with it is said here
@@ -143,7 +143,7 @@ def command(
     mount(
         make_tree,
         point,
-        store_paths=[root, *folders, *([catalogs()] if in_place else [])],
+        store_paths=[root, *folders, *files, *([catalogs()] if in_place else [])],
         over_store=in_place,
         options=parsed,
         foreground=foreground,
