@@ -190,11 +190,16 @@ class Names:
             for old in self._open.get(new.path, ())
         )
 
-    def rebase(self, claim: Claim, version: Version, identify: Callable[[], Hashable]) -> None:
-        """An open file goes on as another one of the store, which has taken its place: it is the same to the kernel."""
+    def rebase(
+        self, claim: Claim, version: Version, identify: Callable[[], Hashable], *, writes: bool | None = None
+    ) -> None:
+        """An open file goes on as another one of the store, which has taken its place: it is the same to the kernel.
+        ``writes``: whether it is written to from now on (default: as before)."""
         content = identify()
         with self._changed:
             claim.version, claim.identify, claim.content = version, identify, content
+            if writes is not None:
+                claim.writes = writes
 
     def used(self, claim: Claim) -> None:
         """The file was read from: the kernel has done what the open told it to do with the pages."""

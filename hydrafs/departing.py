@@ -150,6 +150,11 @@ class Departed:
             files = self._files.get(hidden)
             return files[0] if files else None
 
+    def files(self, hidden: str) -> list[OpenFile]:
+        """The open files that answer for the name."""
+        with self._lock:
+            return list(self._files.get(hidden, ()))
+
     def was(self, hidden: str) -> bool:
         """Whether libfuse ever gave the name to a file: the kernel may still ask for that, and has to look again."""
         with self._lock:
@@ -157,8 +162,6 @@ class Departed:
 
     def closed(self, file: OpenFile) -> None:
         """``file`` was closed; a name that nobody has open any more is gone."""
-        if not self._files:
-            return
         with self._lock:
             for hidden, files in list(self._files.items()):
                 if file in files:
@@ -175,7 +178,8 @@ class Departed:
                 self._replaced = {p: known for p, known in self._replaced.items() if known[1] > now}
 
     def _await_told(self, path: str) -> None:
-        thread, until = self._replaced[path]
+        with self._lock:
+            thread, until = self._replaced[path]
         left = until - time.monotonic()
         if thread != threading.get_ident() and left > 0:
             time.sleep(left)
@@ -236,5 +240,7 @@ class Departed:
         for leaving in waiting:
             self._finish(leaving)
             leaving.done.wait()
-        for file in list(self._kept):
+        with self._lock:
+            kept = list(self._kept)
+        for file in kept:
             self._let_go(file)

@@ -187,6 +187,10 @@ class Changing(HydraError):
     default_remedy = "try again when nothing writes to it"
 
 
+class OntoItself(Changing):
+    """A program is about to empty, delete or replace the very file that it reads by another path."""
+
+
 class StoreLocked(Changing):
     """Another process holds the store's lock, and for longer than the caller may wait."""
 

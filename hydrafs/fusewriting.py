@@ -133,6 +133,9 @@ class WritingCallbacks:
         self._files = files
         self._major = binding.major
         self._context = binding.module._libfuse.fuse_get_context
+        called_by = getattr(tree, "called_by", None)
+        if called_by is not None:
+            called_by(lambda: int(self._context().contents.pid))
 
     def table(self) -> dict[str, Callable[..., int]]:
         """The callbacks by the names that ``fuse_operations`` has for them."""

@@ -1,8 +1,11 @@
 """Open files of a mount: plain ones, read and written, and diffs read as their models.
 
 Rule 1: an open file goes on as it was opened, whatever becomes of its name.
-Rule 2: only plain files are written to. A model that is opened for writing is a plain file by then, and who had it
-        open goes on with that file (``become``): it is one file to the kernel, with one set of pages.
+Rule 2: opening is not writing. A file that is opened for writing is read as it is until the first write, truncation or
+        allocation through the mount. Then it becomes a plain file that may be written to (``on_write``), and everybody
+        who has the name open goes on with that file (``become``): it is one file to the kernel, with one set of pages.
+Rule 3: a descriptor's number is used only while its file is known to stay open: by its own requests, which the kernel
+        has end before it lets go of it, and by all others within ``held``.
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydrafs.attributes import Attributes
 from hydrafs.coherence import Claim, Version
+from hydrafs.copy_up import lock_shared, reopen
 from hydrafs.diff import Trailer, read_trailer
 from hydrafs.digests import PARTIAL_NBYTES, PARTIAL_OFFSET
 from hydrafs.errors import HydraError, log_once
@@ -86,6 +90,11 @@ class PlainFile:
         """Open ``path``; fails as open(2)."""
         return cls(path, os.open(path, flags | os.O_CLOEXEC), flags)
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
     def close(self) -> None:
         """Close it."""
         os.close(self.fd)
@@ -114,20 +123,32 @@ class OpenFile:
         path: str,
         source: PlainFile | Rehydrated,
         *,
-        writes: bool = False,
+        wants: int = os.O_RDONLY,
+        on_write: Callable[[OpenFile, int | None], None] | None = None,
         on_close: Callable[[OpenFile], None] | None = None,
         on_read: Callable[[], None] = lambda: None,
     ) -> None:
+        """Open ``source`` under the name ``path``.
+
+        Args:
+            wants: the flags that it was opened with, as far as they matter to the file of the store.
+            on_write: called before the first write, with the size if it is a truncation. When it returns, the file
+                ``is_writable``, or has that size already.
+            on_close, on_read: called when it was closed, and at each read.
+        """
         self._names, self._catalog, self._pool = names, catalog, pool
+        self._wants = wants
+        self._on_write = on_write
         self._on_close = on_close
         self._on_read = on_read
+        self._users = 0
         self._past: list[PlainFile | Rehydrated] = []
         self._lock = threading.Lock()
         self._closed = False
         self._source = source
         self._reader = Reader(source, pool) if isinstance(source, Rehydrated) else None
         self._claim: Claim = names.claim(
-            path, self._version(), self._identity(), self.attributes, writes=writes, holder=self
+            path, self._version(), self._identity(), self.attributes, writes=self.is_writable, holder=self
         )
         self.keep_cache = self._claim.keep_cache
 
@@ -209,21 +230,44 @@ class OpenFile:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
             return Descriptor(os.dup(self.fd)), isinstance(self._source, Rehydrated)
 
-    def is_at(self, stat: os.stat_result) -> bool:
-        """Whether it reads the file that ``stat`` is of, or is closed and reads none: the kernel lets go of a file a
-        moment after its program did, on another thread."""
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Its descriptors stay open in here, whoever closes it; ``OSError(ESTALE)`` where it is closed already."""
         with self._lock:
-            return self._closed or os.path.samestat(os.fstat(self.fd), stat)
+            if self._closed:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), self.path)
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._closed and not self._users
+            if last:
+                self._close_sources()
 
-    def _writable_fd(self) -> int:
+    @property
+    def is_writable(self) -> bool:
+        """Whether what it reads is a plain file that it may write to as it stands."""
         source = self._source
-        if not isinstance(source, PlainFile) or source.flags & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
-        return source.fd
+        return isinstance(source, PlainFile) and source.is_writable
+
+    def content(self) -> Hashable:
+        """What names the bytes that it was opened with, as well as it is known by now."""
+        return self._claim.identify()
+
+    def _writable_fd(self, size: int | None = None) -> int | None:
+        """A descriptor to write to; ``None`` where it is to be truncated and has that size already."""
+        if not self.is_writable:
+            if self._on_write is None or self._wants & os.O_ACCMODE == os.O_RDONLY:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.path)
+            self._on_write(self, size)
+        return self.fd if self.is_writable else None
 
     def pwrite(self, offset: int, data: memoryview) -> int:
         """Write all of ``data`` at ``offset``; less only where the disk is full, or something fails, midway."""
         fd = self._writable_fd()
+        assert fd is not None
         done = os.pwrite(fd, data, offset)
         while done < len(data):
             try:
@@ -237,11 +281,15 @@ class OpenFile:
 
     def truncate(self, size: int) -> None:
         """Make the file ``size`` bytes long."""
-        os.ftruncate(self._writable_fd(), size)
+        fd = self._writable_fd(size)
+        if fd is not None:
+            os.ftruncate(fd, size)
 
     def allocate(self, mode: int, offset: int, nbytes: int) -> None:
         """fallocate(2)."""
-        if _libc.fallocate(self._writable_fd(), mode, offset, nbytes) != 0:
+        fd = self._writable_fd()
+        assert fd is not None
+        if _libc.fallocate(fd, mode, offset, nbytes) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), self.path)
 
@@ -272,29 +320,39 @@ class OpenFile:
                 return model_attributes(os.fstat(source.diff.fd), now)
         return model_attributes(source.diff.stat, then)
 
-    def become(self, real: str) -> None:
-        """Go on as the plain file at ``real``, which has taken the place of what was opened; nothing once it is closed.
+    def become(self, fd: int, real: str) -> None:
+        """Go on as the plain file that ``fd`` is open on, which has, or had, the name ``real``: opened for writing
+        where this one was. Nothing once it is closed.
 
         Raises:
             OSError: it cannot be opened.
         """
-        flags = self._source.flags if isinstance(self._source, PlainFile) else os.O_RDONLY
-        source = PlainFile.open(real, flags)
+        source = PlainFile(real, reopen(fd, self._wants), self._wants)
         with self._lock:
-            if self._closed:
+            same = os.path.samestat(os.fstat(self.fd), source.stat) if not self._closed else True
+            if self._closed or (same and self.is_writable == source.is_writable and self._reader is None):
                 source.close()
                 return
+            if source.is_writable:
+                lock_shared(source.fd)
             self._past.append(self._source)
             self._source, self._reader = source, None
             version, identify = self._version(), self._identity()
-        self._names.rebase(self._claim, version, identify)
+        self._names.rebase(self._claim, version, identify, writes=source.is_writable)
 
     def close(self) -> None:
         """Let go of the file."""
         self._names.release(self._claim)
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
+            idle = not self._users
         if self._on_close is not None:
             self._on_close(self)
+        if idle:
+            self._close_sources()
+
+    def _close_sources(self) -> None:
         for source in (*self._past, self._source):
             source.close()

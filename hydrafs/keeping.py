@@ -49,7 +49,8 @@ from hydrafs.walk import Trouble
 
 __all__ = [
     "Aside", "KeptLinks", "NeedsCopy", "before_overwrite", "carried", "copy_among_retired", "diff_of", "drop", "hold",
-    "is_parent", "is_proven", "is_regular", "keep", "let_go", "links_of", "lstat", "needed_as", "place_of",
+    "is_parent", "is_proven", "is_regular", "keep", "keep_to_overwrite", "let_go", "links_of", "lstat",
+    "needed_as", "place_of",
     "remember", "remove_diff", "remove_model", "standing", "unhashed", "with_copies",
 ]  # fmt: skip
 
@@ -414,14 +415,18 @@ def before_overwrite(store: Store, path: Path, *, truncate: bool = False, aside:
         OSError, HydraError: the old content cannot be kept, so it must not be written to.
     """
     for _ in range(_TRIES):
-        plain = with_copies(store, lambda: _keep_both(store, path, aside if truncate else None))
+        plain = with_copies(store, lambda: keep_to_overwrite(store, path, aside if truncate else None))
         if plain is None or _renewed(store, path, plain, truncate=truncate):
             return
     raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), os.fspath(path))
 
 
-def _keep_both(store: Store, path: Path, aside: Aside | None) -> os.stat_result | None:
-    """Keep what stands under a listed name, where others need it; the plain file whose name a new one is to take."""
+def keep_to_overwrite(store: Store, path: Path, aside: Aside | None) -> os.stat_result | None:
+    """Keep what stands under a listed name, where others need it. The store's lock is held.
+
+    Returns:
+        The plain file that was kept, and whose name a new one is to take; ``None`` where it can be written to as it is.
+    """
     plain, diff = standing(path)
     if diff is not None:
         keep(store, diff_of(path), is_diff=True)

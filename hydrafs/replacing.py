@@ -36,16 +36,24 @@ _ASIDE = f"{PRIVATE}-aside-"
 # A plain file for a diff
 
 
-def take_name(store: Store, temporary: TemporaryFile, listed: Path) -> None:
+def take_name(
+    store: Store, temporary: TemporaryFile, listed: Path, *, instead_of: os.stat_result | None = None
+) -> None:
     """Make ``temporary`` the plain file of a dehydrated model, and take its diff away. The lock is not held yet.
+
+    Args:
+        instead_of: the diff that it is made of. If that has lost the name meanwhile, nobody gets it.
 
     Raises:
         AlreadyThere: a plain file has the name.
+        Changing: the diff that it was to replace is gone, or another one.
         OSError, HydraError: the diff still has the name, or will be gone at the next start.
     """
     temporary.flush_to_disk()  # what takes long, before the lock
     with store.lock():
         diff = standing(listed)[1]
+        if instead_of is not None and (diff is None or not os.path.samestat(diff, instead_of)):
+            raise Changing("a model was removed or replaced while it was made whole", where=listed)
         if diff is None:
             temporary.commit(listed)
             return

@@ -18,11 +18,9 @@ import logging
 import os
 import stat
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
 from cachetools import LRUCache
 
 from hydrafs.activity import Activity
@@ -30,8 +28,9 @@ from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Names, Version
 from hydrafs.covered import cover
-from hydrafs.diff import SUFFIX, XATTR_ATTRIBUTES, DiffFile, Trailer, read_trailer
+from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
 from hydrafs.errors import HydraError, NoLocks, NotFound, log_once
+from hydrafs.folder_times import FolderTimes
 from hydrafs.handles import Descriptor, OpenFile, PlainFile, model_attributes, plain_attributes
 from hydrafs.hashing import KnownHashes
 from hydrafs.helper import Helper
@@ -50,11 +49,10 @@ XATTR_PREFIX = "user.hydrafs."
 XATTR_PATH = XATTR_PREFIX + "path"
 """Where a file or folder of the mount stands in the store. Answered, and not listed: a copy must not carry it along."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_SETTLED_NS = 100_000_000
-"""A folder changed less than this ago may change again within the same tick of its mtime."""
 _TRAILERS = 200_000
 _STORE_LOCK_SECONDS = 3.0
-"""How long a program waits for a command that has the store's lock and may be stopped; then it gets EBUSY."""
+"""How long a program waits for a command that has the store's lock and may be stopped; then it gets EBUSY. While it
+does, the kernel holds the lock of the folder that it changes, and who looks a name up there waits as well."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +90,7 @@ class StoreTree:
     pool: DecodePool
     opener: Opener
     hashes: KnownHashes
+    folder_times: FolderTimes
 
     def __init__(
         self,
@@ -114,8 +113,6 @@ class StoreTree:
         self._lock = threading.Lock()
         self.names = Names()
         self._trailers: LRUCache[str, tuple[FileIdentity, Trailer | None]] = LRUCache(_TRAILERS)
-        self._directories: dict[str, tuple[int, int]] = {}
-        self._touched: dict[str, int] = {}
 
     def start(self) -> None:
         """Open the store and start the threads; in the process that serves, after it has forked."""
@@ -137,6 +134,7 @@ class StoreTree:
         self.store.reload()
         self.activity = Activity(self.store.private / "activity")
         self.kept_links = KeptLinks(self.store)
+        self.folder_times = FolderTimes(self.store.catalog, self.members)
         self.cache = ChunkCache(self._cache_nbytes)
         self.pool = DecodePool()
         self.opener = Opener(self.store, self.cache, background=True)
@@ -267,8 +265,9 @@ class StoreTree:
         version = Version(place.stat.st_dev, place.stat.st_ino, place.is_diff, attributes.size)
         claim = self.names.open_as(path)
         if claim and not claim.version.same_file(version):
-            # The name is there, whatever became of the file that it was.
-            attributes, version = dataclasses.replace(claim.attributes(), nlink=1), claim.version
+            with contextlib.suppress(OSError):  # closed since it was found
+                # The name is there, whatever became of the file that it was.
+                attributes, version = dataclasses.replace(claim.attributes(), nlink=1), claim.version
         self.names.told(path, version)
         return attributes
 
@@ -294,46 +293,9 @@ class StoreTree:
                 (plain if name == entry.name else diffs)[name] = Entry(name, mode, entry.inode())
         return list({**diffs, **plain}.values())
 
-    def moved(self, old: str, new: str, shown: int | None) -> None:
-        """The folder ``old`` of the store is ``new`` now, and goes on being shown with the mtime ``shown``, if any."""
-        for table in (self._directories, self._touched):
-            for key in [key for key in table if key == old or key.startswith((old + "/", new + "/"))]:
-                table.pop(key, None)
-        if shown is not None:
-            known = self.store.catalog.directory(Path(old))
-            if known is not None:
-                self.store.catalog.remember_directory(Path(new), known[0], shown)
-
-    def touched(self, real: str) -> None:
-        """The folder ``real`` was changed on purpose: the mtime that it has now is shown, whatever its names are."""
-        with contextlib.suppress(OSError):
-            real = real.removesuffix("/.")
-            mtime_ns = os.stat(real).st_mtime_ns
-            self._directories.pop(real, None)
-            self._touched[real] = mtime_ns
-
     def directory_mtime(self, place: Place) -> int:
         """The mtime that a folder is shown with (rule 4)."""
-        mtime_ns = place.stat.st_mtime_ns
-        place = dataclasses.replace(place, real=place.real.removesuffix("/."))
-        known = self._directories.get(place.real)
-        if known and known[0] == mtime_ns:
-            return known[1]
-        try:
-            names = sorted(f"{stat.S_IFMT(e.mode)}/{e.name}" for e in self.members(place.real))
-        except OSError:
-            return mtime_ns
-        digest = xxhash.xxh3_64_intdigest("\0".join(names).encode("utf-8", "surrogateescape")) >> 1
-        recorded = self.store.catalog.directory(Path(place.real))
-        own = self._touched.pop(place.real, None)
-        shown = recorded[1] if recorded and recorded[0] == digest else mtime_ns
-        if own is not None and recorded and recorded[0] == digest:
-            shown = own  # names that came and went through the mount
-        if recorded != (digest, shown):
-            self.store.catalog.remember_directory(Path(place.real), digest, shown)
-        if time.time_ns() - mtime_ns > _SETTLED_NS:
-            self._directories[place.real] = (mtime_ns, shown)
-        return shown
+        return self.folder_times.shown(place.real, place.stat)
 
     def readlink(self, path: str) -> str:
         """Where a link points, as it stands in the store."""
@@ -371,7 +333,8 @@ class StoreTree:
             names.append(XATTR_PREFIX + "parents")
         with contextlib.suppress(OSError):
             found = os.listxattr(place.real, follow_symlinks=place.departed is not None)
-            names += [n for n in found if n not in names and n != XATTR_ATTRIBUTES]
+            # What hydrafs says itself, it says: a copy out of a mount has carried attributes into the store.
+            names += [n for n in found if n not in names and not n.startswith((XATTR_HASH, XATTR_PREFIX))]
         return names
 
     def getxattr(self, path: str, name: str) -> bytes:
@@ -393,7 +356,6 @@ class StoreTree:
             value = self._facts(place, hashes=name.startswith(XATTR_HASH)).get(name)
             if value is not None:
                 return value.encode("utf-8", "surrogateescape")
-        if name == XATTR_ATTRIBUTES:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA), path)
         try:
             return os.getxattr(place.real, name, follow_symlinks=place.departed is not None)
@@ -416,8 +378,9 @@ class StoreTree:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
         return self.open_place(path, self.find(path))
 
-    def open_place(self, path: str, place: Place) -> OpenFile:
-        """Open what was found for reading; see ``open``."""
+    def open_place(self, path: str, place: Place, *, wants: int = os.O_RDONLY) -> OpenFile:
+        """Open what was found for reading; see ``open``. With ``wants`` it becomes what that asks for once it is
+        written to (``OpenFile``)."""
         source: PlainFile | Rehydrated
         known_as = place.real if place.departed is None else place.departed.real
         fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC) if place.departed is not None else None
@@ -431,9 +394,9 @@ class StoreTree:
         except HydraError as error:
             log_once(log, error, "cannot open %s: %s", path, error)
             raise
-        return self.opened(path, source)
+        return self.opened(path, source, wants=wants)
 
-    def opened(self, path: str, source: PlainFile | Rehydrated, *, writes: bool = False) -> OpenFile:
+    def opened(self, path: str, source: PlainFile | Rehydrated, *, wants: int = os.O_RDONLY) -> OpenFile:
         """``source`` as an open file of the mount; it is closed where that fails."""
         try:
             return OpenFile(
@@ -442,7 +405,8 @@ class StoreTree:
                 self.pool,
                 path,
                 source,
-                writes=writes,
+                wants=wants,
+                on_write=self.to_be_written if wants & os.O_ACCMODE != os.O_RDONLY else None,
                 on_close=self.closed,
                 on_read=self.activity.touch,
             )
@@ -451,6 +415,10 @@ class StoreTree:
             if isinstance(error, OSError) and error.errno == errno.EBUSY:
                 log.error("cannot open %s: another file of this name is still open; close it first", path)
             raise
+
+    def to_be_written(self, file: OpenFile, size: int | None) -> None:
+        """``file`` is about to be written to, or made ``size`` bytes long; see ``OpenFile``."""
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), file.path)
 
     def closed(self, file: OpenFile) -> None:
         """An open file of this tree was closed."""

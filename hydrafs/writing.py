@@ -13,58 +13,39 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import stat
-import threading
 import time
 from pathlib import Path
 
-from hydrafs.departing import Departed, is_hidden_name
+from hydrafs.departing import is_hidden_name
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, Protected
-from hydrafs.handles import OpenFile, PlainFile
-from hydrafs.keeping import before_overwrite, remove_model
+from hydrafs.file_writes import UTIME_NOW, UTIME_OMIT, FileWrites, Owner, place_of_file
+from hydrafs.handles import OpenFile
+from hydrafs.keeping import remove_model, standing
 from hydrafs.renaming import rename_model
-from hydrafs.replacing import recover, take_name
-from hydrafs.restore import carry_over, change_attributes, rehydrate
-from hydrafs.store import ModelEntry, is_private
-from hydrafs.temporary import TemporaryFile, fsync_folder, remove_leftovers
-from hydrafs.vfs import XATTR_HASH, XATTR_PREFIX, Place, StoreTree
+from hydrafs.replacing import recover
+from hydrafs.restore import change_attributes
+from hydrafs.store import is_private
+from hydrafs.temporary import fsync_folder, remove_leftovers
+from hydrafs.vfs import XATTR_HASH, XATTR_PREFIX, Place
 
 log = logging.getLogger("hydrafs.vfs")
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
-UTIME_NOW, UTIME_OMIT = (1 << 30) - 1, (1 << 30) - 2
 _AT_FDCWD, _AT_SYMLINK_NOFOLLOW = -100, 0x100
-_KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
-"""Of an open(2): the kernel does the rest, or has done it."""
-_LOCK_SECONDS = 2.0
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _Times = ctypes.c_long * 4
-Owner = tuple[int, int]
 
 
-class WritableTree(StoreTree):
+class WritableTree(FileWrites):
     """A store as a tree that can be written to (``hydrafs.fuse.WritableTree``).
 
     Thread safety: all but ``start`` and ``stop``; changes of one folder are made one at a time, as the kernel has it.
     """
-
-    read_only = False
-
-    def start(self) -> None:
-        """See ``StoreTree.start``."""
-        self.departed = Departed()
-        self._copying = threading.Lock()
-        super().start()
-
-    def stop(self) -> None:
-        """See ``StoreTree.stop``."""
-        self.departed.end()
-        super().stop()
 
     # Names
 
@@ -74,7 +55,7 @@ class WritableTree(StoreTree):
         if is_hidden_name(path):
             while (file := self.departed.file(path)) is not None:
                 try:
-                    return _place_of(file)
+                    return place_of_file(file)
                 except OSError as error:
                     if error.errno != errno.ESTALE:
                         raise
@@ -115,7 +96,7 @@ class WritableTree(StoreTree):
         wanted = mode & 0o7777 | (found.st_mode & stat.S_ISGID)
         if not stat.S_ISLNK(found.st_mode) and stat.S_IMODE(found.st_mode) != wanted:
             os.chmod(real, wanted)
-        self.touched(os.path.dirname(real))
+        self.folder_times.touched(os.path.dirname(real))
 
     def mkdir(self, path: str, mode: int, owner: Owner | None = None) -> None:
         """mkdir(2)."""
@@ -146,15 +127,17 @@ class WritableTree(StoreTree):
         if place.departed is not None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), old)
         os.link(place.real, real + SUFFIX if place.is_diff else real, follow_symlinks=False)
-        self.touched(os.path.dirname(real))
+        self.folder_times.touched(os.path.dirname(real))
         self.names.forget(new)
 
     def unlink(self, path: str) -> None:
         """unlink(2); a model that others need is kept for them, out of sight."""
         if is_hidden_name(path) and not os.path.lexists(self.real(path)):
             return  # the file was closed: with it goes what the name stood for
-        place = self.find(path)
-        self._delete(place)
+        with self.turns.one(), self.paths.of(path):
+            place = self.find(path)
+            self.refuse_onto_itself(path, place, "deleted", folders=True)
+            self._delete(place)
         self.names.forget(path)
 
     def _delete(self, place: Place) -> None:
@@ -162,11 +145,25 @@ class WritableTree(StoreTree):
             remove_model(self.store, Path(place.listed))
         else:
             os.unlink(place.real)
-        self.touched(os.path.dirname(place.real))
+        self.folder_times.touched(os.path.dirname(place.real))
+
+    def _delete_hidden(self, place: Place) -> None:
+        # A moment later than asked for. A file that somebody has put there meanwhile is not meant.
+        plain, diff = standing(Path(place.listed))
+        if plain is not None and (place.is_diff or not os.path.samestat(plain, place.stat)):
+            return
+        if plain is not None or diff is not None:
+            self._delete(place)
 
     def rmdir(self, path: str) -> None:
         """rmdir(2); temporary files that a crash left in the folder are no obstacle."""
         real = self.find(path).real
+        with self.turns.one():
+            self._rmdir(real)
+        self.folder_times.touched(os.path.dirname(real))
+        self.names.forget(path)
+
+    def _rmdir(self, real: str) -> None:
         try:
             os.rmdir(real)
         except OSError as error:
@@ -175,17 +172,17 @@ class WritableTree(StoreTree):
             recover(self.store)
             remove_leftovers(Path(real))
             os.rmdir(real)
-        self.touched(os.path.dirname(real))
-        self.names.forget(path)
 
     def rename(self, old: str, new: str, flags: int = 0) -> None:
         """renameat2(2)."""
         if is_hidden_name(new) and not os.path.lexists(self.real(new)):
-            self._hide(old, new)
+            with self.turns.one(), self.paths.of(old):
+                self._hide(old, new)
             return
         end = self.departed.take_over(new)
         try:
-            self._rename(old, new, flags)
+            with self.turns.one(), self.paths.of(old, new):
+                self._rename(old, new, flags)
         finally:
             if end is not None:
                 end()
@@ -198,12 +195,13 @@ class WritableTree(StoreTree):
             raise Protected("a dehydrated model may not be removed", where=path)
         if not os.access(os.path.dirname(place.real), os.W_OK | os.X_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+        self.refuse_onto_itself(path, place, "deleted", folders=True)
         files = [claim.holder for claim in self.names.claims(path)]
         self.names.move(path, hidden)
         kept = None
         with contextlib.suppress(OSError, HydraError):  # then the kernel looks again, and most often in time
-            kept = self.open_place(hidden, _place_of(files[0]) if files else place)
-        self.departed.hide(path, hidden, files, lambda: self._delete(place), kept)
+            kept = self.open_place(hidden, place_of_file(files[0]) if files else place)
+        self.departed.hide(path, hidden, files, lambda: self._delete_hidden(place), kept)
 
     def _rename(self, old: str, new: str, flags: int) -> None:
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE) or flags == RENAME_NOREPLACE | RENAME_EXCHANGE:
@@ -215,20 +213,23 @@ class WritableTree(StoreTree):
         if place.departed is not None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), old)
         folder = stat.S_ISDIR(place.stat.st_mode)
+        if not folder and not flags & RENAME_NOREPLACE:
+            with contextlib.suppress(FileNotFoundError):
+                self.refuse_onto_itself(new, self.find(new), "replaced")
         shown = self.directory_mtime(place) if folder else 0
         rename_model(self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE)
         self.names.move(old, new, folder=folder)
         if folder:
-            self.moved(place.listed, real, shown)
-        self.touched(os.path.dirname(place.real))
-        self.touched(os.path.dirname(real))
+            self.folder_times.moved(place.listed, real, shown)
+        self.folder_times.touched(os.path.dirname(place.real))
+        self.folder_times.touched(os.path.dirname(real))
 
     def _exchange(self, one: str, other: str) -> None:
         for path in (one, other):
             self._new(path)
             place = self.find(path)
             if place.is_diff:  # two names change at once only as two files of one kind
-                self._copy_up(path)
+                self.make_plain(path)
         first, second = self.find(one).real, self.find(other).real
         code = _libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE)
         if code != 0:
@@ -236,8 +237,8 @@ class WritableTree(StoreTree):
             raise OSError(number, os.strerror(number), one)
         self.names.exchange(one, other)
         for real in (first, second):
-            self.moved(real, real, None)
-            self.touched(os.path.dirname(real))
+            self.folder_times.moved(real, real, None)
+            self.folder_times.touched(os.path.dirname(real))
 
     def sync_folder(self, path: str) -> None:
         """fsync(2) of a folder."""
@@ -255,137 +256,11 @@ class WritableTree(StoreTree):
         else:
             return self.open(path, flags)
         try:
-            fd = os.open(real, flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o7777)
+            return self.create_at(real, path, flags, mode, lambda: self._made(real, mode, owner))
         except FileExistsError:
             return self.open(path, flags)
-        try:
-            self._made(real, mode, owner)
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        self.names.forget(path)
-        return self.opened(path, PlainFile(real, fd, flags & _KEPT_FLAGS), writes=True)
-
-    def open(self, path: str, flags: int) -> OpenFile:
-        """Open a file; a dehydrated model that is opened for writing is a plain file before this returns.
-
-        Raises:
-            OSError: as open(2); EBUSY and ESTALE as ``Names.claim`` has them.
-            HydraError: it cannot be served; the log says why and what to do.
-        """
-        if is_hidden_name(path) and self.departed.was(path) and flags & (os.O_ACCMODE | os.O_TRUNC):
-            # The kernel meant the name that the file had: it looks that up again.
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
-        if not flags & (os.O_ACCMODE | os.O_TRUNC):
-            place = self.find(path)
-            opened = self.open_place(path, place)
-            if place.departed is not None:
-                self.departed.join(path, opened)
-            return opened
-        place, fd = self._open_to_write(path, flags & _KEPT_FLAGS, truncate=bool(flags & os.O_TRUNC))
-        return self.opened(path, PlainFile(place.real, fd, flags & _KEPT_FLAGS), writes=True)
-
-    def _open_to_write(self, path: str, flags: int, *, truncate: bool) -> tuple[Place, int]:
-        """A descriptor to write to, of the file that has the name and keeps it: no other process is removing it."""
-        if truncate and flags & os.O_ACCMODE == os.O_RDONLY:
-            flags |= os.O_RDWR  # O_RDONLY | O_TRUNC truncates, on Linux
-        for _ in range(100):
-            place = self.find(path)
-            if place.is_diff:
-                self._copy_up(path, truncate=truncate)
-                continue
-            if stat.S_ISREG(place.stat.st_mode):
-                before_overwrite(self.store, Path(place.real), truncate=truncate)
-                self._follow(path, place)
-            fd = os.open(place.real, flags | os.O_CLOEXEC)
-            try:
-                # Who dehydrates a file holds the exclusive lock while the original goes.
-                if self._lock_shared(fd) and _is_at(fd, place.real):
-                    if truncate and os.fstat(fd).st_size:
-                        os.ftruncate(fd, 0)
-                    return place, fd
-            except BaseException:
-                os.close(fd)
-                raise
-            os.close(fd)
-        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
-
-    def _lock_shared(self, fd: int) -> bool:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return True  # held by somebody for longer than a removal takes: it is not about that
-                time.sleep(0.002)
-            except OSError:
-                return True  # a filesystem without locks
-
-    def _follow(self, path: str, place: Place) -> None:
-        """Where another file has taken the place of the one that is open, under the same name: go on with that."""
-        with contextlib.suppress(FileNotFoundError):
-            now = os.stat(place.listed)
-            for claim in self.names.claims(path):
-                if place.is_diff or not claim.holder.is_at(now):
-                    claim.holder.become(place.listed)
-
-    def _copy_up(self, path: str, *, truncate: bool = False) -> None:
-        """Make a dehydrated model a plain file, whole, or empty where it is to be truncated anyway."""
-        with self._copying:
-            place = self.find(path)
-            if not place.is_diff:
-                return
-            listed = Path(place.listed)
-            before_overwrite(self.store, listed, truncate=truncate)
-            if truncate:
-                self._empty(place, listed)
-            else:
-                try:
-                    rehydrate(self.store, ModelEntry(path, Path(place.real), True), listed, instead=True)
-                except HydraError as error:
-                    log.error("cannot make %s a plain file to be written to: %s", path, error)
-                    raise
-            self._follow(path, place)
-
-    def _empty(self, place: Place, listed: Path) -> None:
-        trailer = self.trailer(place)
-        fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with TemporaryFile(listed.parent) as temporary:
-                carry_over(fd, temporary.file.fileno())
-                mode = trailer.mode if trailer is not None else place.stat.st_mode
-                os.fchmod(temporary.file.fileno(), mode & 0o7777)
-                take_name(self.store, temporary, listed)
-        finally:
-            os.close(fd)
-
-    def closed(self, file: OpenFile) -> None:
-        """An open file was closed."""
-        self.departed.closed(file)
-
-    def truncate(self, path: str, size: int) -> None:
-        """truncate(2)."""
-        departed = self.departed.file(path) if is_hidden_name(path) else None
-        if departed is not None:  # by a descriptor, of a file without a name
-            departed.truncate(size)
-            return
-        _, fd = self._open_to_write(path, os.O_WRONLY, truncate=size == 0)
-        try:
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
 
     # Attributes
-
-    def _of_model(self, place: Place) -> tuple[int, int] | None:
-        """Mode and mtime of a dehydrated model; of a damaged diff nothing is recorded but what the file itself has."""
-        trailer = self.trailer(place) if place.is_diff else None
-        return None if trailer is None else (trailer.mode, trailer.mtime_ns)
 
     def chmod(self, path: str, mode: int) -> None:
         """chmod(2)."""
@@ -426,7 +301,7 @@ class WritableTree(StoreTree):
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number), path)
         if stat.S_ISDIR(place.stat.st_mode):
-            self.touched(place.real)
+            self.folder_times.touched(place.real)
 
     def setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
         """lsetxattr(2); ENOTSUP for what hydrafs says itself, which copies of attributes pass over."""
@@ -443,16 +318,3 @@ class WritableTree(StoreTree):
     def _check_xattr(self, path: str, name: str) -> None:
         if name.startswith((XATTR_HASH, XATTR_PREFIX, "system.", "security.")):
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
-
-
-def _place_of(file: OpenFile) -> Place:
-    """Where an open file stands, whatever became of its name; ``OSError(ESTALE)`` once it is closed."""
-    descriptor, is_diff = file.duplicate()
-    real = f"/proc/self/fd/{descriptor.fd}"
-    return Place(real, is_diff, os.fstat(descriptor.fd), real, file, descriptor)
-
-
-def _is_at(fd: int, path: str) -> bool:
-    with contextlib.suppress(OSError):
-        return os.path.samestat(os.fstat(fd), os.lstat(path))
-    return False

@@ -22,7 +22,8 @@ ROOMS = [
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
     "committing", "dehydrate", "tending", "activity", "policy", "looking", "working", "tried", "survey", "views",
     "worker", "helper",
-    "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "handles", "vfs", "departing", "writing",
+    "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "copy_up", "handles",
+    "folder_times", "vfs", "departing", "path_locks", "callers", "file_writes", "writing",
     "libfuse", "callbacks", "fusewriting", "fuse", "mountpoints", "webui", "mountoptions", "daemon", "mounting",
     "service", "anatomy", "changes", "family", "pictures", "report", "api", "cli",
 ]  # fmt: skip

@@ -374,10 +374,11 @@ def test_writing_into_a_model_makes_it_a_plain_file_first(copied: Copied, mounte
     path, data = live.path / "half.safetensors", store.originals["half.safetensors"].data
     with path.open("rb", buffering=0) as before, path.open("r+b") as file:
         assert before.read(10) == data[:10]
-        assert state_of(path) == "plain"
+        assert state_of(path) == "dehydrated"
         file.seek(1000)
         file.write(b"changed")
         file.flush()
+        assert state_of(path) == "plain"
         # It is one file: whoever has it open sees what is written to it.
         assert before.read() == (data[:1000] + b"changed" + data[1007:])[10:]
     assert (store.root / "half.safetensors").read_bytes() == data[:1000] + b"changed" + data[1007:]
