@@ -2,8 +2,8 @@
 
 Rule 1: an entry is written, and removed again, under one hold of the store's lock: one that is there when the lock has
         been got is of a process that was killed.
-Rule 2: an entry says which files it is about by their inode numbers: a name may be another file's by now. Not by their
-        devices, whose numbers change when a machine starts anew.
+Rule 2: an entry says which files it is about by their inode numbers, sizes and times: a name may be another file's by
+        now, and so may a number. Not by their devices, whose numbers change when a machine starts anew.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 
 from hydrafs.store import Store
 from hydrafs.temporary import TemporaryFile
+from hydrafs.walk import list_folder
 
-__all__ = ["Entry", "has_pending", "is_file", "pending", "write"]
+__all__ = ["Entry", "entries", "has_pending", "marks", "pending", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,15 @@ class Entry:
     kind: str
     places: Mapping[str, Path]
     numbers: Mapping[str, int]
+
+    def is_at(self, key: str, path: Path) -> bool:
+        """Whether the file that ``marks`` was given as ``key`` stands at ``path``, as it was."""
+        try:
+            found = marks(key, os.lstat(path))
+        except OSError:
+            return False
+        # An entry of before has the inode number only.
+        return key in self.numbers and all(self.numbers.get(k, v) == v for k, v in found.items())
 
     def end(self) -> None:
         """It was done, or undone. Tried twice: one that is left finds nothing to do at the next start."""
@@ -64,24 +74,36 @@ def has_pending(store: Store) -> bool:
     return False
 
 
+def marks(key: str, stat: os.stat_result) -> dict[str, int]:
+    """The numbers by which an entry knows a file: those that neither a rename nor a link changes."""
+    return {key: stat.st_ino, f"{key}_size": stat.st_size, f"{key}_mtime_ns": stat.st_mtime_ns}
+
+
 def pending(store: Store) -> Iterator[Entry]:
     """What killed processes did not end; the store's lock is held. One that cannot be read is removed."""
-    for path in sorted(store.private.glob(f"{_PREFIX}*")):
+    for path, entry in _read(store):
+        if entry is not None:
+            yield entry
+        else:
+            log.warning("a journal that cannot be read is removed: %s", path)
+            path.unlink(missing_ok=True)
+
+
+def entries(store: Store) -> list[Entry]:
+    """What is being done, and what killed processes did not end. Changes nothing."""
+    return [entry for _, entry in _read(store) if entry is not None]
+
+
+def _read(store: Store) -> Iterator[tuple[Path, Entry | None]]:
+    for name in sorted(n for n in list_folder(store.private).names if n.startswith(_PREFIX)):
+        path = store.private / name
         try:
             said = json.loads(path.read_bytes())
             # An absolute path stays what it is: a model may be dehydrated into the store from elsewhere.
             places = {k: store.root / os.fsdecode(bytes.fromhex(v)) for k, v in said["places"].items()}
             numbers = {k: int(v) for k, v in said["numbers"].items()}
-            entry = Entry(path, str(said["kind"]), places, numbers)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            log.warning("a journal that cannot be read is removed: %s", path)
-            path.unlink(missing_ok=True)
+            yield path, Entry(path, str(said["kind"]), places, numbers)
+        except FileNotFoundError:
             continue
-        yield entry
-
-
-def is_file(path: Path, inode: int) -> bool:
-    """Whether the file of that inode number stands at ``path``."""
-    with contextlib.suppress(OSError):
-        return os.lstat(path).st_ino == inode
-    return False
+        except (ValueError, KeyError, TypeError, AttributeError):
+            yield path, None

@@ -51,7 +51,7 @@ __all__ = [
     "Aside", "KeptLinks", "NeedsCopy", "before_overwrite", "carried", "copy_among_retired", "diff_of", "drop", "hold",
     "is_parent", "is_proven", "is_regular", "keep", "keep_to_overwrite", "let_go", "links_of", "lstat",
     "needed_as", "place_of",
-    "remember", "remove_diff", "remove_model", "standing", "unhashed", "with_copies",
+    "remember", "remember_locked", "remove_diff", "remove_model", "standing", "unhashed", "with_copies",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,11 @@ def remember(store: Store, path: Path, before: os.stat_result, sha256: bytes) ->
             return False
         store.catalog.remember_sha256(path, FileIdentity.of(now), sha256)
     return True
+
+
+def remember_locked(store: Store, path: Path, digest: bytes) -> None:
+    """``remember`` for who holds the store's lock and has seen that the file is what was hashed."""
+    store.catalog.remember_sha256(path, FileIdentity.of(os.stat(path)), digest)
 
 
 # Who is needed

@@ -106,7 +106,7 @@ def census(store: Store, without: Path | None = None) -> Census:
             if record is not None:
                 count(record, name)
     for entry in list_folder(store.trash, report=troubles.append).files:
-        if entry.name.endswith(SUFFIX):
+        if entry.name.endswith(SUFFIX) and Path(entry.path) != without:
             record = _record(store, Path(entry.path), troubles)
             if record is not None:
                 count(record, "")

@@ -301,7 +301,7 @@ class Opener:
         for folder in (store.held, store.retired):
             yield place_of(folder, parent.sha256, is_diff=False)
             yield place_of(folder, parent.sha256, is_diff=True)
-        yield from store.catalog.paths_of(parent.sha256)
+        yield from store.paths_of(parent.sha256)
         yield from unhashed(store)
         by_size, by_sha256 = self._scanned()
         yield from by_sha256.get(parent.sha256, ())

@@ -105,7 +105,7 @@ def _rename_plain(
         drop(store, diff_of(old), is_diff=True)
     entry = None
     if target_diff is not None:
-        numbers = {"diff": target_diff.st_ino, "plain": plain.st_ino}
+        numbers = {**journal.marks("diff", target_diff), **journal.marks("plain", plain)}
         entry = journal.write(store, _FILE_OVER_DIFF, {"name": new}, numbers)
     try:
         _move_plain(store, old, new, plain)
@@ -115,7 +115,7 @@ def _rename_plain(
             drop(store, diff_of(new), is_diff=True, aside=aside)
     finally:
         # After a failure that leaves the diff behind the file, the next start tries again.
-        if entry is not None and not (journal.is_file(new, plain.st_ino) and lstat(diff_of(new))):
+        if entry is not None and not (entry.is_at("plain", new) and lstat(diff_of(new))):
             entry.end()
 
 
@@ -149,7 +149,7 @@ def _rename_diff(
         return
     if target_diff is not None:
         drop(store, destination, is_diff=True, aside=aside)
-    numbers = {"diff": os.lstat(source).st_ino, "plain": target.st_ino}
+    numbers = {**journal.marks("diff", os.lstat(source)), **journal.marks("plain", target)}
     entry = journal.write(store, _DIFF_OVER_FILE, {"old": old, "new": new}, numbers)
     try:
         with carried(store, source, destination):
@@ -186,22 +186,20 @@ def _undo(old: Path, new: Path) -> None:
 
 def _end_diff_over_file(store: Store, entry: journal.Entry) -> None:
     old, new = entry.places["old"], entry.places["new"]
-    diff, plain = entry.numbers["diff"], entry.numbers["plain"]
-    if not journal.is_file(diff_of(new), diff):
+    if not entry.is_at("diff", diff_of(new)):
         return
-    target = lstat(new)
-    if target is not None and target.st_ino != plain:
-        _undo(old, new)  # somebody gave the new name to another file since
-        return
-    if target is not None:
+    if lstat(new) is not None:
+        if not entry.is_at("plain", new):
+            _undo(old, new)  # somebody gave the new name to another file since, or wrote to that one
+            return
         drop(store, new, is_diff=False)
-    if journal.is_file(diff_of(old), diff):
+    if entry.is_at("diff", diff_of(old)):
         os.unlink(diff_of(old))
 
 
 def _end_file_over_diff(store: Store, entry: journal.Entry) -> None:
     name = entry.places["name"]
-    if journal.is_file(name, entry.numbers["plain"]) and journal.is_file(diff_of(name), entry.numbers["diff"]):
+    if entry.is_at("plain", name) and entry.is_at("diff", diff_of(name)):
         drop(store, diff_of(name), is_diff=True)
 
 

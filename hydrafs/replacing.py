@@ -25,12 +25,13 @@ from hydrafs.leases import Lease
 from hydrafs.store import PRIVATE, Store
 from hydrafs.temporary import TemporaryFile, fsync_folder, remove_leftovers
 
-__all__ = ["Original", "recover", "take_name"]
+__all__ = ["ASIDE", "Original", "left_names", "recover", "take_name"]
 
 log = logging.getLogger(__name__)
 
 _COPYING, _LEAVING = "copying-up", "leaving"
-_ASIDE = f"{PRIVATE}-aside-"
+ASIDE = f"{PRIVATE}-aside-"
+"""How the names of originals begin that have left theirs."""
 
 
 # A plain file for a diff
@@ -57,14 +58,12 @@ def take_name(
         if diff is None:
             temporary.commit(listed)
             return
-        inode = os.fstat(temporary.file.fileno()).st_ino
-        entry = journal.write(
-            store, _COPYING, {"name": listed, "temporary": temporary.path}, {"diff": diff.st_ino, "plain": inode}
-        )
+        numbers = {**journal.marks("diff", diff), **journal.marks("plain", os.fstat(temporary.file.fileno()))}
+        entry = journal.write(store, _COPYING, {"name": listed, "temporary": temporary.path}, numbers)
         try:
             temporary.commit(listed)
         except BaseException:
-            if not journal.is_file(listed, inode):
+            if not entry.is_at("plain", listed):
                 entry.end()
             raise
         try:
@@ -79,11 +78,11 @@ def take_name(
 
 
 def _end_copying(store: Store, entry: journal.Entry) -> None:
-    name, diff, plain = entry.places["name"], entry.numbers["diff"], entry.numbers["plain"]
-    if journal.is_file(name, plain):
-        if journal.is_file(diff_of(name), diff):
+    name = entry.places["name"]
+    if entry.is_at("plain", name):
+        if entry.is_at("diff", diff_of(name)):
             drop(store, diff_of(name), is_diff=True)
-    elif journal.is_file(entry.places["temporary"], plain):
+    elif entry.is_at("plain", entry.places["temporary"]):
         os.unlink(entry.places["temporary"])  # it never got the name; its number may be another file's soon
 
 
@@ -113,14 +112,14 @@ class Original:
         cls, store: Store, model: Path, diff: Path, temporary: TemporaryFile, stat: os.stat_result
     ) -> Iterator[Original]:
         """While the lock is held: commit the diff in here, and let the original go."""
-        aside, had_diff = model.with_name(f"{_ASIDE}{secrets.token_hex(8)}"), diff.exists()
+        aside, had_diff = model.with_name(f"{ASIDE}{secrets.token_hex(8)}"), diff.exists()
         entry = journal.write(
             store,
             _LEAVING,
             {"name": model, "diff": diff, "aside": aside},
             {
                 "plain": stat.st_ino, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "had_diff": int(had_diff),
-                "diff": os.fstat(temporary.file.fileno()).st_ino,
+                **journal.marks("diff", _flushed(temporary)),
             },
         )  # fmt: skip
         try:
@@ -131,7 +130,7 @@ class Original:
 
     def give_up(self) -> None:
         """The original stays: nobody wants the diff behind it."""
-        if not self.had_diff and journal.is_file(self.diff, self.entry.numbers["diff"]):
+        if not self.had_diff and self.entry.is_at("diff", self.diff):
             _take_back(self.store, self.entry)
 
     def go(self, check: Callable[[], None], last: Callable[[], None]) -> bool:
@@ -172,6 +171,11 @@ class Original:
             raise from_oserror(error, "the diff is stored, but the original cannot be removed", self.model) from error
 
 
+def _flushed(temporary: TemporaryFile) -> os.stat_result:
+    temporary.file.flush()
+    return os.fstat(temporary.file.fileno())
+
+
 def _bring_back(aside: Path, model: Path) -> None:
     """A write came in the middle, and wins: the file has its name again."""
     try:
@@ -185,21 +189,38 @@ def _bring_back(aside: Path, model: Path) -> None:
         aside.unlink()
 
 
-def _end_leaving(store: Store, entry: journal.Entry) -> None:
+def _end_leaving(store: Store, entry: journal.Entry) -> bool:
+    """End it; whether it is ended, and not for ``hydrafs.asides`` to look into."""
     model, diff, aside = (entry.places[key] for key in ("name", "diff", "aside"))
-    is_ours = journal.is_file(diff, entry.numbers["diff"])
-    if journal.is_file(aside, entry.numbers["plain"]):
+    is_ours = entry.is_at("diff", diff)
+    # The name of what stands aside is nobody else's. Another number: the store was copied, and so is everything else.
+    stat = lstat(aside)
+    if stat is not None and stat.st_ino != entry.numbers["plain"]:
+        return False
+    if stat is not None:
         # Who waited in open(2) for the worker's lease, or had the file open, may have written to it since.
-        is_back = journal.is_file(model, entry.numbers["plain"])
+        there = lstat(model)
+        is_back = there is not None and os.path.samestat(there, stat)
         if is_ours and not is_back and _rests(aside, entry):
-            return
+            return True
         _bring_back(aside, model)
-    elif not journal.is_file(model, entry.numbers["plain"]):
-        return  # the original is gone: the diff has its place
+    elif not _has_number(model, entry):
+        return True  # the original is gone: the diff has its place
     # Beside an original that did not leave its name, the diff takes space for nothing, and the worker would take it
     # for the user's own. In another folder the model would be listed twice.
     if is_ours and not entry.numbers["had_diff"] and lstat(model) is not None:
         _take_back(store, entry)
+    return True
+
+
+def _has_number(path: Path, entry: journal.Entry) -> bool:
+    now = lstat(path)
+    return now is not None and now.st_ino == entry.numbers["plain"]
+
+
+def left_names(store: Store) -> dict[str, Path]:
+    """The names that originals had which left them, as far as a journal tells, by those that they stand aside with."""
+    return {e.places["aside"].name: e.places["name"] for e in journal.entries(store) if e.kind == _LEAVING}
 
 
 def _take_back(store: Store, entry: journal.Entry) -> None:
@@ -238,7 +259,8 @@ def recover(store: Store) -> None:
         with store.lock():
             for entry in journal.pending(store):
                 try:
-                    kinds[entry.kind](store, entry)
+                    if kinds[entry.kind](store, entry) is False:
+                        continue
                 except KeyError:
                     log.warning("a journal that cannot be meant is removed: %s", entry.path)
                 except NeedsCopy as error:

@@ -302,6 +302,10 @@ class Store:
             raise UsageError(f"{key} is no list of texts", where=self._config_path, remedy=f"write {key} = {example}")
         return values
 
+    def setting(self, name: str, default: object) -> object:
+        """What the configuration says of ``name``, as it stands in the file now; ``default`` where it says nothing."""
+        return self._config().get(name, default)
+
     def section(self, name: str) -> dict[str, object]:
         """A table of the configuration, as it stands in the file now; empty where there is none."""
         table = self._config().get(name, {})
@@ -510,6 +514,21 @@ class Store:
             entry = None if self.is_off_limits(file) else self.entry(file)
             if entry is not None:
                 yield entry
+
+    def paths_of(self, sha256: bytes) -> list[Path]:
+        """Where plain files of this SHA-256 were seen in the store, its base folders and files; whether they still are is
+        for the caller to check. What the catalog says of files elsewhere, as one that came from another store does, counts
+        for nothing."""
+        folders = (self.root, *self.base_folders)
+        found = []
+        for path in self.catalog.paths_of(sha256):
+            clean = Path(os.path.normpath(path))
+            folder = next((f for f in folders if clean.is_relative_to(f)), None)
+            if clean in self.base_files:
+                found.append(clean)
+            elif folder is not None and not any(is_private(part) for part in clean.relative_to(folder).parts):
+                found.append(clean)
+        return found
 
     def is_off_limits(self, path: str | os.PathLike[str]) -> bool:
         """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``."""

@@ -1,47 +1,63 @@
-"""Keeping a store in order: what a start puts right, what is held, and what nobody needs any more.
+"""Keeping a store in order: what a start puts right, what is held, and what is done when nobody waits.
 
-Rule 1: what is removed here is needed by no diff that can be read; a diff that cannot be read stops every removal.
-Rule 2: a diff is replaced only by one that was proved as any other, from disk.
+Rule 1: what is removed here is needed by no diff; what cannot be listed or read stops every removal.
+Rule 2: what takes long is done without the store's lock, and looked at again with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
-import string
-import tempfile
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hydrafs import keeping, replacing
+from hydrafs import asides, keeping, replacing, trash
 from hydrafs.cache import ChunkCache
-from hydrafs.dehydrate import Options, dehydrate
+from hydrafs.collection import Collected, Removed, collect, kept_models, sha256_in
+from hydrafs.dehydrate import Options
 from hydrafs.diff import SUFFIX
-from hydrafs.errors import HydraError, from_oserror
-from hydrafs.needs import Need, census, diffs, kept_diffs, needs, record_of
+from hydrafs.errors import Changing, CorruptDiff, HydraError
+from hydrafs.identity import is_unchanged, sha256
+from hydrafs.keptlinks import KeptLinks
+from hydrafs.layout import FileSource
+from hydrafs.needs import Need, diffs, needs, record_of
 from hydrafs.opening import Opener
-from hydrafs.restore import prove, rehydrate
-from hydrafs.store import PRIVATE, ModelEntry, Store, trailer_of
+from hydrafs.rehome import REHOMING, Rehomed, rehome, unchain
+from hydrafs.restore import prove
+from hydrafs.store import Store, trailer_of
 from hydrafs.temporary import TEMPORARY, fsync_folder, remove_leftovers
 from hydrafs.walk import Trouble
 
-__all__ = ["Collected", "Rehomed", "Removed", "collect", "hold_parents", "rehome", "start"]
+__all__ = ["Collected", "Kept", "Maintained", "Rehomed", "Removed", "collect", "hash_unhashed", "hold_parents", "kept",
+           "maintain", "make_room", "rehome", "start", "unchain"]  # fmt: skip
 
-_CACHE_NBYTES = 64 << 20
-_REHOMING = f"{TEMPORARY}rehoming-"
+log = logging.getLogger(__name__)
 
 
 def start(store: Store) -> None:
-    """What every start does: end what a killed process began, and remove the temporary files that it left anywhere."""
+    """What every start does: end what a killed process began, remove the temporary files that it left anywhere, and
+    what has been in the trash for long enough.
+
+    What of it fails is logged: a start goes on.
+    """
     replacing.recover(store)
-    for folder in store.private.glob(f"{_REHOMING}*"):
-        if folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        for folder in store.private.glob(f"{REHOMING}*"):
+            if folder.is_dir():
+                shutil.rmtree(folder, ignore_errors=True)
     for listed in store.folders():
         if any(name.startswith(TEMPORARY) for name in listed.names):
-            remove_leftovers(Path(listed.path))
+            with contextlib.suppress(OSError):
+                remove_leftovers(Path(listed.path))
+    for tend in (asides.settle, trash.expire):
+        try:
+            tend(store)
+        except (HydraError, OSError) as error:
+            log.error("the store %s cannot be put in order: %s", store.root, error)
 
 
 # Holding
@@ -57,20 +73,33 @@ def hold_parents(store: Store) -> list[Need]:
     """
     _hold_anew(store)
     unheld = []
-    with store.lock(), contextlib.closing(Opener(store, ChunkCache(0))) as opener:
-        for sha256, need in needs(store).items():
-            if any(_is_kept(store, sha256, is_diff=is_diff, need=need) for is_diff in (False, True)):
+    with contextlib.closing(Opener(store, ChunkCache(0))) as opener:
+        for digest, need in needs(store).items():
+            if any(_is_kept(store, digest, is_diff=is_diff, need=need) for is_diff in (False, True)):
                 continue
             path = opener.find(need.parent)
-            if path is None or not keeping.hold(store, path, sha256):
+            if path is None or not _hold_found(store, path, digest, need):
                 unheld.append(need)
     return unheld
+
+
+def _hold_found(store: Store, path: Path, digest: bytes, need: Need) -> bool:
+    """Hold what was found as a parent without the lock, if it still is."""
+    with store.lock():
+        try:
+            if path.name.endswith(SUFFIX):
+                is_it = trailer_of(path).sha256 == digest
+            else:
+                is_it = keeping.is_parent(store, path, need.parent)
+        except (OSError, HydraError):
+            return False
+        return is_it and keeping.hold(store, path, digest)
 
 
 def _hold_anew(store: Store) -> None:
     """Let go of a held diff in whose place another of the same model is listed: it takes its space for nothing, and
     goes on needing what that does not. Who replaced it was killed in between."""
-    alone = {p.name: p for p in _kept(store.held) if p.name.endswith(SUFFIX) and os.lstat(p).st_nlink == 1}
+    alone = {p.name: p for p in kept_models(store.held) if p.name.endswith(SUFFIX) and os.lstat(p).st_nlink == 1}
     if not alone:
         return
     for _, path in diffs(store):
@@ -99,209 +128,190 @@ def _is_kept(store: Store, sha256: bytes, *, is_diff: bool, need: Need) -> bool:
     return False
 
 
-# Collecting
+# When nobody waits
+
+_tried_homes: set[tuple[Path, bytes, frozenset[str]]] = set()
 
 
 @dataclass(frozen=True, slots=True)
-class Removed:
-    """A file among the held or the retired that nobody needs. ``freed_nbytes`` is 0 where it has another name."""
+class Maintained:
+    """What ``maintain`` did. ``freed_nbytes``: by all of it; ``troubles``: what kept anything from being removed."""
 
-    path: Path
-    freed_nbytes: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Collected:
-    """What ``collect`` removed, and what stopped it: folders that cannot be listed, and diffs that cannot be read."""
-
-    removed: tuple[Removed, ...]
+    freed_nbytes: int = 0
+    removed: tuple[Removed, ...] = ()
+    rehomed: tuple[Rehomed, ...] = ()
+    unheld: tuple[Need, ...] = ()
     troubles: tuple[Trouble, ...] = ()
 
-    @property
-    def unreadable(self) -> tuple[Path, ...]:
-        """Where what stopped it stands."""
-        return tuple(trouble.path for trouble in self.troubles)
 
+def maintain(
+    store: Store, *, still: Callable[[], None] = lambda: None, jobs: int = 1, rehomes: bool = True
+) -> Maintained:
+    """Give back the space that nobody needs: to be called after removals, and when nothing else is to be done.
 
-def collect(store: Store, *, dry_run: bool = False) -> Collected:
-    """Remove the retired models and the held links that no diff needs, and those that a listed model has taken over.
+    What has been in the trash for long enough goes; parents in use are held; what nobody needs is collected; retired
+    files of unknown SHA-256 get it; models whose ancestors are retired are stored anew where that saves space.
 
-    Nothing is removed while a folder of the store cannot be listed or a diff not be read: nobody knows what is needed.
+    Args:
+        still: is asked all along whether to go on: it waits, or raises what ends the work, which is raised here. What
+            was done by then stays done.
+        rehomes: whether models may be stored anew, which takes as long as dehydrating them.
+
+    Raises:
+        HydraError: the store cannot be locked or written to.
     """
-    with store.lock():
-        found = census(store)
-        if not found.is_complete:
-            return Collected((), found.troubles)
-        needed = found.needs
-        going: list[tuple[Path, str]] = []
-        for folder in (store.retired, store.held):
-            for path in _kept(folder):
-                sha256 = bytes.fromhex(path.name.removesuffix(SUFFIX))
-                if sha256 not in needed:
-                    going.append((path, "nobody needs it"))
-                else:
-                    other = _taken_over(store, path, sha256, needed[sha256])
-                    if other is not None:
-                        going.append((path, f"{store.relative(other)} serves as well"))
-        removed = [Removed(path, _freed(path, [p for p, _ in going]), reason) for path, reason in going]
-        if not dry_run:
-            for path, _ in going:
-                try:
-                    path.unlink()
-                except OSError as error:
-                    raise from_oserror(error, "cannot remove what nobody needs", path) from error
-            for folder in {path.parent for path, _ in going}:
-                fsync_folder(folder)
-    return Collected(tuple(removed))
+    still()
+    freed = trash.expire(store)
+    asides.settle(store, still)
+    still()
+    unheld = hold_parents(store)
+    still()
+    collected = collect(store)
+    hash_unhashed(store, still)
+    done: list[Rehomed] = []
+    if rehomes and not collected.troubles:
+        options = Options(jobs=jobs, still=still)
+        try:
+            done += unchain(store, options)
+            done += rehome(store, replace(options, alone=False), wanted=lambda digest: _is_new(store, digest))
+        except Changing:
+            raise
+        except HydraError as error:
+            log.info("what depends on retired models stays as it is: %s", error)
+    if done:
+        for home in done:
+            log.info("%s: %d -> %s bytes, needs %s", home.name, home.before_nbytes, home.after_nbytes, home.parents)
+        again = collect(store)
+        collected = Collected((*collected.removed, *again.removed), again.troubles)
+    freed += sum(r.freed_nbytes for r in collected.removed)
+    return Maintained(freed, collected.removed, tuple(done), tuple(unheld), collected.troubles)
 
 
-def _kept(folder: Path) -> list[Path]:
-    try:
-        names = sorted(os.listdir(folder))
-    except OSError:
-        return []
-    return [folder / n for n in names if len(d := n.removesuffix(SUFFIX)) == 64 and set(d) <= set(string.hexdigits)]
-
-
-def _freed(path: Path, going: list[Path]) -> int:
-    stat = os.lstat(path)
-    links = [p for p in going if os.path.samestat(os.lstat(p), stat)]
-    return stat.st_size if len(links) == stat.st_nlink and links[0] == path else 0
-
-
-def _taken_over(store: Store, path: Path, sha256: bytes, need: Need) -> Path | None:
-    """The listed model that serves instead of a kept one which takes space of its own, if there is one for sure."""
-    stat = os.lstat(path)
-    if path.name.endswith(SUFFIX) or stat.st_nlink > keeping.KeptLinks(store).count(stat) > 0:
-        return None  # it is listed: that it is kept as well takes no space
-    for other in store.catalog.paths_of(sha256):
-        if PRIVATE in other.parts or not keeping.is_proven(store, other, sha256):
-            continue
-        if not os.path.samestat(os.stat(other), stat) and keeping.hold(store, other, sha256):
-            # The held link is that of the other file by now; what is left of this one is among the retired.
-            return other if path.parent == store.retired else None
-    # A parent that was dehydrated itself: its diff serves, if everyone who needs it can be opened without the file.
-    kept = [keeping.place_of(folder, sha256, is_diff=False) for folder in (store.held, store.retired)]
-    for _, diff in diffs(store):
-        with contextlib.suppress(OSError, HydraError):
-            if record_of(store, diff).sha256 == sha256 and _all_open(store, frozenset(kept)):
-                return diff if keeping.hold(store, diff, sha256) else None
-    return None
-
-
-def _all_open(store: Store, without: frozenset[Path]) -> bool:
-    with contextlib.closing(Opener(store, ChunkCache(0), without=without)) as opener:
-        for _, path in diffs(store):
-            try:
-                opener.open_diff(path).close()
-            except HydraError:
-                return False
+def _is_new(store: Store, digest: bytes) -> bool:
+    """Whether another home has not been looked for yet among the plain models that there are."""
+    plain = frozenset(model.name for model in store.models() if not model.is_diff)
+    key = (store.root, digest, plain)
+    if not plain or key in _tried_homes:
+        return False
+    _tried_homes.add(key)
     return True
 
 
-def _descent(store: Store, ancestors: set[bytes]) -> list[Path]:
-    """The listed diffs that cannot be read without one of these models, through any chain."""
-    known = [(path, record_of(store, path)) for _, path in diffs(store)]
-    found: list[Path] = []
-    grown = True
-    while grown:
-        more = [(p, r) for p, r in known if p not in found and any(q[0] in ancestors for q in r.parents)]
-        found += [path for path, _ in more]
-        ancestors = ancestors | {record.sha256 for _, record in more}
-        grown = bool(more)
-    return found
+def hash_unhashed(store: Store, still: Callable[[], None] = lambda: None) -> int:
+    """Give the retired files of unknown SHA-256 the names that they have by it; how many.
+
+    A diff that is damaged stands for nothing; it is kept as long as what is in the trash, since a backup of it may be
+    brought back that needs what it needed.
+    """
+    count = 0
+    for path in keeping.unhashed(store):
+        still()
+        try:
+            is_diff = path.name.endswith(SUFFIX)
+            with FileSource(path) as source:
+                stat = source.stat
+                digest = trailer_of(path).sha256 if is_diff else sha256(source, lambda nbytes: still())
+            with store.lock():
+                if not is_unchanged(stat, os.lstat(path)):
+                    continue
+                if not is_diff:
+                    keeping.remember_locked(store, path, digest)
+                target = keeping.place_of(store.retired, digest, is_diff=is_diff)
+                if keeping.lstat(target) is not None and (is_diff or keeping.is_proven(store, target, digest)):
+                    path.unlink()
+                else:
+                    with keeping.carried(store, path, target):
+                        path.rename(target)
+                fsync_folder(store.retired)
+            count += 1
+        except CorruptDiff:
+            with contextlib.suppress(OSError, HydraError):
+                if time.time() - os.lstat(path).st_ctime >= trash.Settings.of(store).seconds:
+                    path.unlink()
+        except (OSError, Changing) as error:
+            if isinstance(error, Changing):
+                raise
+            log.debug("%s is not hashed: %s", path, error)
+    return count
 
 
-# Another home
+def make_room(store: Store, wanted_nbytes: int | None = None) -> int:
+    """Empty the trash, and let go of what only that needed, because a write found no room.
+
+    Returns:
+        The bytes that it freed.
+
+    Raises:
+        HydraError: the store cannot be locked.
+    """
+    freed = trash.purge(store, wanted_nbytes)
+    if wanted_nbytes is None or freed < wanted_nbytes:
+        freed += sum(removed.freed_nbytes for removed in collect(store).removed)
+    return freed
+
+
+# What is kept
 
 
 @dataclass(frozen=True, slots=True)
-class Rehomed:
-    """A diff that needs other parents than before."""
+class Kept:
+    """A file that hydrafs keeps and that no listed name has: ``kind`` is ``held``, ``retired`` or ``trash``.
 
-    name: str
-    before_nbytes: int
-    after_nbytes: int
-    parents: tuple[str, ...]
-
-
-def rehome(
-    store: Store, options: Options, *, dry_run: bool = False, progress: Callable[[str], None] = lambda name: None
-) -> list[Rehomed]:
-    """Store the dependents of each retired model against others, where that takes less than they and it do now.
-
-    The retired model itself stays until ``collect``. Needs room for one full model at a time, and for the new diffs.
-
-    Raises:
-        HydraError: nothing was replaced that was not proved.
+    ``name``: what it was called, as far as is known; ``dependents``: the listed models that need it, through any chain,
+    none of what is in the trash; ``nbytes``: the space that it takes.
     """
-    done: list[Rehomed] = []
-    for retired in _kept(store.retired):
-        sha256 = bytes.fromhex(retired.name.removesuffix(SUFFIX))
-        needed = needs(store)
-        need = needed.get(sha256)
-        if need is None or not need.dependents or _needed_by_kept(store, sha256, needed):
-            continue
-        with tempfile.TemporaryDirectory(prefix=_REHOMING, dir=store.private) as scratch:
-            done += _rehome_from(store, retired, sha256, Path(scratch), options, dry_run, progress)
-    return done
+
+    path: Path
+    kind: str
+    name: str
+    is_diff: bool
+    nbytes: int
+    dependents: tuple[str, ...]
 
 
-def _needed_by_kept(store: Store, sha256: bytes, needed: Collection[bytes]) -> bool:
-    """Whether a diff needs that model which is kept for others itself, and not listed: it can have no other home."""
-    listed = {stat.st_ino for _, path in diffs(store) if (stat := keeping.lstat(path))}
-    for path in kept_diffs(store):
+def kept(store: Store) -> list[Kept]:
+    """What takes space in the store and is in no listing, each file once. Changes nothing."""
+    links = KeptLinks(store)
+    names: dict[bytes, str] = {}
+    listed: dict[bytes, set[str]] = {}
+    through: dict[bytes, set[bytes]] = {}
+    for name, path in diffs(store):
         with contextlib.suppress(OSError, HydraError):
-            record = record_of(store, path)
-            needs_it = any(parent[0] == sha256 for parent in record.parents)
-            if needs_it and record.sha256 in needed and os.lstat(path).st_ino not in listed:
-                return True
-    return False
+            for parent in record_of(store, path).parents:
+                names.setdefault(parent[0], parent[2])
+                listed.setdefault(parent[0], set()).add(name)
+    for folder in (store.retired, store.held):
+        for path in kept_models(folder):
+            if path.name.endswith(SUFFIX):
+                with contextlib.suppress(OSError, HydraError):
+                    record = record_of(store, path)
+                    for parent in record.parents:
+                        names.setdefault(parent[0], parent[2])
+                        through.setdefault(parent[0], set()).add(record.sha256)
 
+    def dependents(digest: bytes) -> tuple[str, ...]:
+        pending, seen, found = [digest], {digest}, set[str]()
+        while pending:
+            current = pending.pop()
+            found |= listed.get(current, set())
+            more = through.get(current, set()) - seen
+            seen |= more
+            pending += more
+        return tuple(sorted(found))
 
-def _rehome_from(
-    store: Store,
-    retired: Path,
-    sha256: bytes,
-    scratch: Path,
-    options: Options,
-    dry_run: bool,
-    progress: Callable[[str], None],
-) -> list[Rehomed]:
-    family = [(n, p) for n, p in diffs(store) if any(q[0] == sha256 for q in record_of(store, p).parents)]
-    before = {path: os.stat(path) for _, path in family}
-    descent = _descent(store, {record_of(store, path).sha256 for path in before})
-    made: list[tuple[str, Path, Path, tuple[str, ...]]] = []
-    for number, (name, path) in enumerate(family):
-        progress(name)
-        folder = scratch / str(number)
-        folder.mkdir()
-        full = rehydrate(store, ModelEntry(name, path, True), folder / Path(name).name).path
-        # Neither against each other or what needs them, nor against what is to go: that would need it still.
-        chosen = Options(
-            not_bases=(*before, *descent, full), keep=True, jobs=options.jobs, codec=options.codec,
-            chunk_nbytes=options.chunk_nbytes, still=options.still,
-        )  # fmt: skip
-        outcome = dehydrate(store, full, chosen)
-        full.unlink()
-        if outcome.diff is None:
-            return []
-        made.append((name, path, outcome.diff, outcome.parents))
-    now = sum(stat.st_size for stat in before.values()) + os.stat(retired).st_size
-    if sum(os.stat(diff).st_size for _, _, diff, _ in made) >= now:
-        return []
-    done = []
-    with store.lock():
-        for name, path, diff, parents in made:
-            after = os.stat(diff).st_size
-            if not os.path.samestat(os.stat(path), before[path]):
-                continue  # it was replaced meanwhile
-            done.append(Rehomed(name, before[path].st_size, after, parents))
-            if not dry_run:
-                os.replace(diff, path)
-                fsync_folder(path.parent)
-                digest = trailer_of(path).sha256
-                if keeping.place_of(store.held, digest, is_diff=True).exists():
-                    keeping.hold(store, path, digest)
-    return done
+    found: list[Kept] = []
+    inodes: set[tuple[int, int]] = set()
+    for kind, folder in (("retired", store.retired), ("held", store.held)):
+        for path in [*kept_models(folder), *(keeping.unhashed(store) if kind == "retired" else ())]:
+            stat = keeping.lstat(path)
+            if stat is None or (stat.st_dev, stat.st_ino) in inodes or stat.st_nlink > max(1, links.count(stat)):
+                continue
+            inodes.add((stat.st_dev, stat.st_ino))
+            digest = sha256_in(path.name)
+            name = names.get(digest, "") if digest else ""
+            needed_by = dependents(digest) if digest else ()
+            found.append(Kept(path, kind, name, path.name.endswith(SUFFIX), stat.st_size, needed_by))
+    for t in trash.listing(store):
+        if t.freed_nbytes:
+            found.append(Kept(t.path, "trash", t.name, t.is_diff, t.nbytes, ()))
+    return found

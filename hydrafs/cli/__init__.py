@@ -39,6 +39,7 @@ _COMMANDS = {
     "status": "How a mount's daemon is, and what it saved.",
     "top": "The status of all mounts, live in the terminal.",
     "umount": "Take a mount down.",
+    "undelete": "List or bring back what was removed through a mount.",
     "uncompress": "Recode a diff without compression, for the fastest reads.",
     "unmerge": "Make the other model of a merge, given one.",
     "verify": "Decode everything and compare SHA-256.",
