@@ -186,7 +186,18 @@ class Worker:
         """Let go of what nobody needs any more, where the store has changed since that was done."""
         if state is not None and (state == self._tended or self.busy() or self._stopped.is_set()):
             return
-        if self._guarded("what nobody needs cannot be removed", lambda: tending.collect(self.store)):
+
+        def still() -> None:
+            while self._hindered() and not self._stopped.is_set():
+                self._stopped.wait(0.5)
+            if self._stopped.is_set():
+                raise Changing("the worker ends", where=self.store.root)
+
+        def maintain() -> None:
+            with contextlib.suppress(Changing):
+                tending.maintain(self.store, still=still, jobs=self.jobs, rehomes=self.policy.enabled)
+
+        if self._guarded("what nobody needs cannot be removed", maintain):
             self._tended = state
 
     def _is_paused(self) -> bool:
@@ -437,9 +448,10 @@ class Worker:
 
 
 def tending_state(store: Store, seen: Survey) -> object:
-    """What is another once names in the store's folders, or what is kept for others, have changed."""
-    kept = []
-    for folder in (store.held, store.retired):
+    """What is another once names in the store's folders, or what is kept, have changed; and each hour, since what is in
+    the trash gets old."""
+    kept = [int(time.time() // 3600)]
+    for folder in (store.held, store.retired, store.trash):
         try:
             kept.append(os.stat(folder).st_mtime_ns)
         except OSError:
