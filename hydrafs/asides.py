@@ -17,21 +17,15 @@ from hydrafs.errors import HydraError
 from hydrafs.identity import is_unchanged, sha256
 from hydrafs.layout import FileSource
 from hydrafs.needs import diffs, record_of
-from hydrafs.replacing import ASIDE, left_names
+from hydrafs.replacing import left_names
 from hydrafs.restore import prove
+from hydrafs.retained import aside_files
 from hydrafs.store import Store
 from hydrafs.temporary import fsync_folder
 
-__all__ = ["find", "settle"]
+__all__ = ["settle"]
 
 log = logging.getLogger(__name__)
-
-
-def find(store: Store) -> list[Path]:
-    """The files that stand aside. Changes nothing."""
-    return [
-        Path(folder.path, name) for folder in store.folders() for name in sorted(folder.names) if name.startswith(ASIDE)
-    ]
 
 
 def settle(store: Store, still: Callable[[], None] = lambda: None) -> list[Path]:
@@ -47,7 +41,7 @@ def settle(store: Store, still: Callable[[], None] = lambda: None) -> list[Path]
         HydraError: the store cannot be locked.
     """
     left = []
-    for path in find(store):
+    for path in list(aside_files(store)):
         still()
         try:
             if not _settled(store, path, still):

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hydrafs import trash
 from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError
 from hydrafs.keeping import is_parent, place_of
-from hydrafs.needs import Census, Need
+from hydrafs.needs import Census, Need, kept_diffs, record_of
 from hydrafs.opening import Opener
 from hydrafs.store import PRIVATE, Store, trailer_of
 from hydrafs.walk import Report, list_folder, walk
@@ -30,7 +31,8 @@ class Kept:
     """A file that takes space and is in no listing. ``sha256`` is empty where only its place is known.
 
     ``folder``: ``retired``, ``held`` or ``trash``, below ``.hydrafs``; ``name``: what it was listed as, as far as those
-    know who need it; ``dependents``: the listed models that need it; ``is_needed``: also where none of those is listed.
+    know who need it; ``dependents``: the listed models that need it, through any chain; ``is_needed``: also where none
+    of those is listed.
     """
 
     path: Path
@@ -50,26 +52,53 @@ def kept(store: Store, census: Census, trouble: Report | None = None) -> list[Ke
         trouble: is told what could not be looked at.
     """
     links: dict[tuple[int, int], list[tuple[Path, os.stat_result]]] = {}
-    for folder in (store.retired, store.held, store.trash):
+    for folder in (store.retired, store.held):
         for entry in list_folder(folder, report=trouble).files:
             with contextlib.suppress(OSError):
                 stat = entry.stat(follow_symlinks=False)
                 if stat_module.S_ISREG(stat.st_mode) and not entry.name.startswith("."):
                     links.setdefault((stat.st_dev, stat.st_ino), []).append((Path(entry.path), stat))
+    in_trash = {}
+    for trashed in trash.listing(store):
+        with contextlib.suppress(OSError):
+            stat = os.lstat(trashed.path)
+            links.setdefault((stat.st_dev, stat.st_ino), []).append((trashed.path, stat))
+            in_trash[trashed.path] = trashed.name
+    through = _through(store)
     found = []
     for names in links.values():
         path, stat = names[0]
         if stat.st_nlink <= len(names):  # else it is listed, or somebody else's as well
-            found.append(_kept(path, stat, census))
+            found.append(_kept(path, stat, census, through, in_trash.get(path, "")))
     return found
 
 
-def _kept(path: Path, stat: os.stat_result, census: Census) -> Kept:
+def _through(store: Store) -> dict[bytes, set[bytes]]:
+    """The models that are kept as diffs, by the SHA-256 of what they need."""
+    found: dict[bytes, set[bytes]] = {}
+    for path in kept_diffs(store):
+        with contextlib.suppress(OSError, HydraError):
+            record = record_of(store, path)
+            for parent in record.parents:
+                found.setdefault(parent[0], set()).add(record.sha256)
+    return found
+
+
+def _kept(path: Path, stat: os.stat_result, census: Census, through: dict[bytes, set[bytes]], name: str) -> Kept:
     sha256 = _sha256_of(path)
     need = census.needs.get(sha256)
-    name = Path(need.parent.name).name if need else path.name if path.parent.name == "trash" else ""
-    dependents = tuple(dict.fromkeys(need.dependents)) if need else ()
-    return Kept(path, path.parent.name, sha256, name, stat.st_size, dependents, need is not None)
+    if need and not name:
+        name = Path(need.parent.name).name
+    dependents: dict[str, None] = {}
+    pending, seen = [sha256], {sha256}
+    while pending:
+        current = pending.pop()
+        if current in census.needs:
+            dependents.update(dict.fromkeys(census.needs[current].dependents))
+        more = through.get(current, set()) - seen
+        seen |= more
+        pending += more
+    return Kept(path, path.parent.name, sha256, name, stat.st_size, tuple(sorted(dependents)), need is not None)
 
 
 def _sha256_of(path: Path) -> bytes:

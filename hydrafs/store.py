@@ -516,19 +516,16 @@ class Store:
                 yield entry
 
     def paths_of(self, sha256: bytes) -> list[Path]:
-        """Where plain files of this SHA-256 were seen in the store, its base folders and files; whether they still are is
-        for the caller to check. What the catalog says of files elsewhere, as one that came from another store does, counts
-        for nothing."""
-        folders = (self.root, *self.base_folders)
-        found = []
-        for path in self.catalog.paths_of(sha256):
-            clean = Path(os.path.normpath(path))
-            folder = next((f for f in folders if clean.is_relative_to(f)), None)
-            if clean in self.base_files:
-                found.append(clean)
-            elif folder is not None and not any(is_private(part) for part in clean.relative_to(folder).parts):
-                found.append(clean)
-        return found
+        """Where plain files of this SHA-256 were seen in the store, its base folders and files; whether they still are
+        is for the caller to check. What the catalog says of files elsewhere, as one that came with another store does,
+        counts for nothing."""
+        return [p for p in map(Path, map(os.path.normpath, self.catalog.paths_of(sha256))) if self._may_serve(p)]
+
+    def _may_serve(self, path: Path) -> bool:
+        if path in self.base_files:
+            return True
+        folder = next((f for f in (self.root, *self.base_folders) if path.is_relative_to(f)), None)
+        return folder is not None and not any(is_private(part) for part in path.relative_to(folder).parts)
 
     def is_off_limits(self, path: str | os.PathLike[str]) -> bool:
         """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``."""

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from hydrafs import asides, keeping, replacing, trash
 from hydrafs.cache import ChunkCache
-from hydrafs.collection import Collected, Removed, collect, kept_models, sha256_in
+from hydrafs.collection import Collected, Removed, collect, kept_models
 from hydrafs.dehydrate import Options
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import Changing, CorruptDiff, HydraError
 from hydrafs.identity import is_unchanged, sha256
-from hydrafs.keptlinks import KeptLinks
 from hydrafs.layout import FileSource
 from hydrafs.needs import Need, diffs, needs, record_of
 from hydrafs.opening import Opener
@@ -32,7 +31,7 @@ from hydrafs.store import Store, trailer_of
 from hydrafs.temporary import TEMPORARY, fsync_folder, remove_leftovers
 from hydrafs.walk import Trouble
 
-__all__ = ["Collected", "Kept", "Maintained", "Rehomed", "Removed", "collect", "hash_unhashed", "hold_parents", "kept",
+__all__ = ["Collected", "Maintained", "Rehomed", "Removed", "collect", "hash_unhashed", "hold_parents",
            "maintain", "make_room", "rehome", "start", "unchain"]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -248,70 +247,3 @@ def make_room(store: Store, wanted_nbytes: int | None = None) -> int:
     if wanted_nbytes is None or freed < wanted_nbytes:
         freed += sum(removed.freed_nbytes for removed in collect(store).removed)
     return freed
-
-
-# What is kept
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A file that hydrafs keeps and that no listed name has: ``kind`` is ``held``, ``retired`` or ``trash``.
-
-    ``name``: what it was called, as far as is known; ``dependents``: the listed models that need it, through any chain,
-    none of what is in the trash; ``nbytes``: the space that it takes.
-    """
-
-    path: Path
-    kind: str
-    name: str
-    is_diff: bool
-    nbytes: int
-    dependents: tuple[str, ...]
-
-
-def kept(store: Store) -> list[Kept]:
-    """What takes space in the store and is in no listing, each file once. Changes nothing."""
-    links = KeptLinks(store)
-    names: dict[bytes, str] = {}
-    listed: dict[bytes, set[str]] = {}
-    through: dict[bytes, set[bytes]] = {}
-    for name, path in diffs(store):
-        with contextlib.suppress(OSError, HydraError):
-            for parent in record_of(store, path).parents:
-                names.setdefault(parent[0], parent[2])
-                listed.setdefault(parent[0], set()).add(name)
-    for folder in (store.retired, store.held):
-        for path in kept_models(folder):
-            if path.name.endswith(SUFFIX):
-                with contextlib.suppress(OSError, HydraError):
-                    record = record_of(store, path)
-                    for parent in record.parents:
-                        names.setdefault(parent[0], parent[2])
-                        through.setdefault(parent[0], set()).add(record.sha256)
-
-    def dependents(digest: bytes) -> tuple[str, ...]:
-        pending, seen, found = [digest], {digest}, set[str]()
-        while pending:
-            current = pending.pop()
-            found |= listed.get(current, set())
-            more = through.get(current, set()) - seen
-            seen |= more
-            pending += more
-        return tuple(sorted(found))
-
-    found: list[Kept] = []
-    inodes: set[tuple[int, int]] = set()
-    for kind, folder in (("retired", store.retired), ("held", store.held)):
-        for path in [*kept_models(folder), *(keeping.unhashed(store) if kind == "retired" else ())]:
-            stat = keeping.lstat(path)
-            if stat is None or (stat.st_dev, stat.st_ino) in inodes or stat.st_nlink > max(1, links.count(stat)):
-                continue
-            inodes.add((stat.st_dev, stat.st_ino))
-            digest = sha256_in(path.name)
-            name = names.get(digest, "") if digest else ""
-            needed_by = dependents(digest) if digest else ()
-            found.append(Kept(path, kind, name, path.name.endswith(SUFFIX), stat.st_size, needed_by))
-    for t in trash.listing(store):
-        if t.freed_nbytes:
-            found.append(Kept(t.path, "trash", t.name, t.is_diff, t.nbytes, ()))
-    return found

@@ -6,9 +6,10 @@ import contextlib
 
 import click
 
-from hydrafs import asides, tending
+from hydrafs import tending
 from hydrafs.cli.common import default_jobs, human, jobs_option, json_option, print_json, real_path, say
 from hydrafs.dehydrate import Options
+from hydrafs.retained import aside_files
 from hydrafs.store import Store
 
 
@@ -32,7 +33,7 @@ def command(store: str, dry_run: bool, rehome: bool, jobs: int | None, as_json: 
             tending.hash_unhashed(opened)
         rehomed = tending.rehome(opened, Options(jobs=default_jobs(jobs)), dry_run=dry_run) if rehome else []
         collected = tending.collect(opened, dry_run=dry_run)
-        left = asides.find(opened)
+        left = list(aside_files(opened))
         removed = [(opened.relative(r.path), r) for r in collected.removed]
     freed = sum(r.freed_nbytes for _, r in removed)
     if as_json:
