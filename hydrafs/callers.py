@@ -26,8 +26,10 @@ _MAX_COMMAND_NBYTES = 1 << 20
 _MAX_STEPS = 128
 _REMOVERS = frozenset({"rm", "unlink", "shred", "wipe"})
 """Who names a file to these wants it gone."""
-_COPIERS = frozenset({"cp", "mv", "install", "ln", "rsync", "rclone", "unison", "openrsync"})
+_COPIERS = frozenset({"cp", "mv", "install", "ln"})
 """What these are given as a folder they copy from: a target in it is its own source."""
+_MIRRORS = frozenset({"rsync", "rclone", "unison", "openrsync"})
+"""These delete what is not in the folder that they are given. What is in the store by another name seems not to be."""
 _SHELLS = frozenset({"sh", "bash", "dash", "ash", "zsh", "ksh", "mksh", "busybox"})
 
 Key = tuple[int, int]
@@ -43,7 +45,7 @@ class Target:
         folders: the folders of the store above it.
         device: of these files in mountinfo(5), "MAJOR:MINOR", which is not always that of stat(2).
         mount: the device of the mount that is served, as there.
-        source: what mountinfo(5) has as the source of mounts of this store.
+        is_diff: whether the file is a diff, which goes by another name in the store.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Target:
     folders: frozenset[Key]
     device: str
     mount: str
-    source: str
+    is_diff: bool = False
 
 
 def other_way(process: int, target: Target, *, mapped: bool, folders: bool) -> str | None:
@@ -73,7 +75,8 @@ def other_way(process: int, target: Target, *, mapped: bool, folders: bool) -> s
         found = _descriptor(process, target, mounts)
         if found is None and mapped:
             found = _mapping(process, target)
-        return found or _word(process, target, mounts, program, words[1:], folders=folders and program in _COPIERS)
+        folders = folders and (program in _COPIERS or (target.is_diff and program in _MIRRORS))
+        return found or _word(process, target, mounts, program, words[1:], folders=folders)
     except OSError:
         return None
 
@@ -100,11 +103,10 @@ class _Mount:
     device: str
     point: str
     kind: str
-    source: str
 
     def is_twin(self, target: Target) -> bool:
-        """Whether it is another mount of the same store."""
-        return self.kind.startswith("fuse") and self.device != target.mount and self.source == target.source
+        """Whether it is another mount of hydrafs, which may be of the same store."""
+        return self.kind == "fuse.hydrafs" and self.device != target.mount
 
 
 def _mounts(process: int) -> dict[str, _Mount]:
@@ -115,7 +117,7 @@ def _mounts(process: int) -> dict[str, _Mount]:
             left, _, right = line.rstrip("\n").partition(" - ")
             fields, kind = left.split(" "), right.split(" ")
             if len(fields) > 4 and len(kind) > 1:
-                found[fields[0]] = _Mount(fields[2], _unescape(fields[4]), kind[0], _unescape(kind[1]))
+                found[fields[0]] = _Mount(fields[2], _unescape(fields[4]), kind[0])
     return found
 
 
@@ -138,13 +140,18 @@ def _is_one(info: dict[str, str], target: Target, mounts: dict[str, _Mount], pat
     number = info.get("ino")  # Linux 5.14
     if (mount is not None and mount.device == target.mount) or (number is not None and int(number) not in inodes):
         return False
-    if mount is not None and mount.is_twin(target):
-        return number is not None
-    return _key(os.stat(path)) in target.files
+    return _key_behind(path, mount, target) in target.files
 
 
 def _key(stat: os.stat_result) -> Key:
     return stat.st_dev, stat.st_ino
+
+
+def _key_behind(path: str, mount: _Mount | None, target: Target) -> Key:
+    """The file itself; where it is seen in another mount of hydrafs, the file of the store."""
+    if mount is not None and mount.is_twin(target):
+        path = os.fsdecode(os.getxattr(path, "user.hydrafs.path"))
+    return _key(os.stat(path))
 
 
 def _descriptor(process: int, target: Target, mounts: dict[str, _Mount]) -> str | None:
@@ -222,9 +229,7 @@ def _leads_to(process: int, word: str, wanted: Collection[Key], target: Target, 
             if not pending:
                 if inside or mount is None:
                     return False
-                if mount.is_twin(target):
-                    return info.get("ino") in {str(inode) for _, inode in wanted}
-                return _key(os.fstat(fd)) in wanted
+                return _key_behind(f"/proc/self/fd/{fd}", mount, target) in wanted
             if inside and pending[-1] != "..":
                 return False
             part = pending.pop()

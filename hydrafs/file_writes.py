@@ -20,13 +20,12 @@ from pathlib import Path
 
 from hydrafs import callers
 from hydrafs.copy_up import lock_shared, make_whole, open_to_write, reopen
-from hydrafs.covered import named
 from hydrafs.departing import Departed, is_hidden_name
 from hydrafs.errors import AlreadyThere, HydraError, OntoItself
 from hydrafs.filecopy import copy_into
 from hydrafs.handles import OpenFile, PlainFile
 from hydrafs.identity import sha256
-from hydrafs.keeping import lstat
+from hydrafs.keeping import Aside, lstat
 from hydrafs.layout import FileSource
 from hydrafs.path_locks import PathLocks, Turns
 from hydrafs.rehydrate import Rehydrated
@@ -55,6 +54,8 @@ class FileWrites(StoreTree):
     """The contents part of ``hydrafs.writing.WritableTree``. Thread safety: all but ``start`` and ``stop``."""
 
     read_only = False
+    aside: Aside | None = None
+    """Where what is removed through the mount can be had back from for a while."""
 
     def start(self) -> None:
         """See ``StoreTree.start``."""
@@ -221,7 +222,9 @@ class FileWrites(StoreTree):
             if place.is_diff:
                 fd = self._copy_up(place, empty=empty)
             else:
-                fd = open_to_write(self.store, Path(place.real), os.O_RDWR, place.stat, truncate=empty)
+                fd = open_to_write(
+                    self.store, Path(place.real), os.O_RDWR, place.stat, truncate=empty, aside=self.aside
+                )
             if fd is not None:
                 break
         else:
@@ -245,7 +248,7 @@ class FileWrites(StoreTree):
                 else:
                     with contextlib.closing(self.opener.open_diff(Path(place.real))) as model:
                         make_whole(model, temporary)
-                take_name(self.store, temporary, listed, instead_of=place.stat)
+                take_name(self.store, temporary, listed, instead_of=place.stat, aside=self.aside if empty else None)
                 fd = os.dup(temporary.file.fileno())
                 lock_shared(fd)  # instead of the exclusive lock of a file that is not there yet
                 return fd
@@ -341,7 +344,7 @@ class FileWrites(StoreTree):
         finally:
             os.close(fd)
         mount = callers.device_mounted_at(os.fspath(self._mountpoint)) if self._mountpoint is not None else ""
-        return callers.Target(name, frozenset(files), frozenset(folders), device, mount, f"hydrafs:{named(self._root)}")
+        return callers.Target(name, frozenset(files), frozenset(folders), device, mount, place.is_diff)
 
 
 def _program(process: int) -> str:

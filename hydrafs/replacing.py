@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hydrafs import journal, renaming
 from hydrafs.errors import Changing, HydraError, from_oserror
-from hydrafs.keeping import NeedsCopy, copy_among_retired, diff_of, drop, lstat, standing, with_copies
+from hydrafs.keeping import Aside, NeedsCopy, copy_among_retired, diff_of, drop, lstat, standing, with_copies
 from hydrafs.leases import Lease
 from hydrafs.store import PRIVATE, Store
 from hydrafs.temporary import TemporaryFile, fsync_folder, remove_leftovers
@@ -38,12 +38,18 @@ ASIDE = f"{PRIVATE}-aside-"
 
 
 def take_name(
-    store: Store, temporary: TemporaryFile, listed: Path, *, instead_of: os.stat_result | None = None
+    store: Store,
+    temporary: TemporaryFile,
+    listed: Path,
+    *,
+    instead_of: os.stat_result | None = None,
+    aside: Aside | None = None,
 ) -> None:
     """Make ``temporary`` the plain file of a dehydrated model, and take its diff away. The lock is not held yet.
 
     Args:
         instead_of: the diff that it is made of. If that has lost the name meanwhile, nobody gets it.
+        aside: where the diff can be had back from for a while: ``hydrafs.trash.put``.
 
     Raises:
         AlreadyThere: a plain file has the name.
@@ -67,7 +73,7 @@ def take_name(
                 entry.end()
             raise
         try:
-            drop(store, diff_of(listed), is_diff=True)
+            drop(store, diff_of(listed), is_diff=True, aside=aside)
         except NeedsCopy:
             pass  # without the lock
         else:

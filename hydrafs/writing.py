@@ -142,7 +142,7 @@ class WritableTree(FileWrites):
 
     def _delete(self, place: Place) -> None:
         if place.is_diff or stat.S_ISREG(place.stat.st_mode):
-            remove_model(self.store, Path(place.listed))
+            remove_model(self.store, Path(place.listed), aside=self.aside)
         else:
             os.unlink(place.real)
         self.folder_times.touched(os.path.dirname(place.real))
@@ -217,7 +217,7 @@ class WritableTree(FileWrites):
             with contextlib.suppress(FileNotFoundError):
                 self.refuse_onto_itself(new, self.find(new), "replaced")
         shown = self.directory_mtime(place) if folder else 0
-        rename_model(self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE)
+        rename_model(self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE, aside=self.aside)
         self.names.move(old, new, folder=folder)
         if folder:
             self.folder_times.moved(place.listed, real, shown)
