@@ -14,11 +14,12 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hydrafs import callers
+from hydrafs import callers, tending, trash
 from hydrafs.copy_up import lock_shared, make_whole, open_to_write, reopen
 from hydrafs.departing import Departed, is_hidden_name
 from hydrafs.errors import AlreadyThere, HydraError, OntoItself
@@ -27,7 +28,7 @@ from hydrafs.handles import OpenFile, PlainFile
 from hydrafs.identity import sha256
 from hydrafs.keeping import Aside, lstat
 from hydrafs.layout import FileSource
-from hydrafs.path_locks import PathLocks, Turns
+from hydrafs.path_locks import PathLocks, Turns, with_room
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.replacing import take_name
 from hydrafs.restore import carry_over
@@ -42,6 +43,8 @@ _KEPT_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC
 """Of an open(2): the kernel does the rest, or has done it."""
 _LOCK_SECONDS = 2.0
 _RENAMED_LOOKS = 20
+_ROOM_NBYTES = 1 << 20
+_NO_ROOM_SECONDS = 5.0
 _WAITING = 48
 """How many callbacks may wait for the store's lock or for a model to become whole."""
 _NOTABLE_NBYTES = 64 << 10
@@ -54,7 +57,7 @@ class FileWrites(StoreTree):
     """The contents part of ``hydrafs.writing.WritableTree``. Thread safety: all but ``start`` and ``stop``."""
 
     read_only = False
-    aside: Aside | None = None
+    aside: Aside | None = staticmethod(trash.put)
     """Where what is removed through the mount can be had back from for a while."""
 
     def start(self) -> None:
@@ -62,12 +65,28 @@ class FileWrites(StoreTree):
         self.departed = Departed()
         self.turns = Turns(_WAITING)
         self.paths = PathLocks()
+        self._making_room = threading.Lock()
+        self._no_room_before = 0.0
         super().start()
 
     def stop(self) -> None:
         """See ``StoreTree.stop``."""
         self.departed.end()
         super().stop()
+
+    def make_room(self, nbytes: int) -> bool:
+        """See ``StoreTree.make_room``: what is in the trash goes."""
+        with self._making_room:
+            if time.monotonic() < self._no_room_before:
+                return False
+            try:
+                with self.turns.one():
+                    made = tending.make_room(self.store, max(nbytes, _ROOM_NBYTES)) > 0
+            except (OSError, HydraError):
+                made = False
+            if not made:  # a full disk is written to again and again, and a look at all that is kept takes a while
+                self._no_room_before = time.monotonic() + _NO_ROOM_SECONDS
+            return made
 
     def _caller(self) -> int:
         return 0
@@ -84,7 +103,8 @@ class FileWrites(StoreTree):
 
     def create_at(self, real: str, path: str, flags: int, mode: int, made: Callable[[], None]) -> OpenFile:
         """open(2) with O_CREAT of a name that is not there; ``made`` is called once the file is."""
-        fd = os.open(real, flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode & 0o7777)
+        wanted = flags & _KEPT_FLAGS | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = with_room(self.make_room, 0, lambda: os.open(real, wanted, mode & 0o7777))
         try:
             made()
             lock_shared(fd)
@@ -220,11 +240,9 @@ class FileWrites(StoreTree):
             if file is not None and not _is_still(file, place):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
             if place.is_diff:
-                fd = self._copy_up(place, empty=empty)
+                fd = with_room(self.make_room, self._size(place), lambda: self._copy_up(place, empty=empty))  # noqa: B023
             else:
-                fd = open_to_write(
-                    self.store, Path(place.real), os.O_RDWR, place.stat, truncate=empty, aside=self.aside
-                )
+                fd = with_room(self.make_room, place.stat.st_size, lambda: self._take(place, empty=empty))  # noqa: B023
             if fd is not None:
                 break
         else:
@@ -237,6 +255,13 @@ class FileWrites(StoreTree):
             os.close(fd)
             raise
         return place.listed, fd
+
+    def _take(self, place: Place, *, empty: bool) -> int | None:
+        return open_to_write(self.store, Path(place.real), os.O_RDWR, place.stat, truncate=empty, aside=self.aside)
+
+    def _size(self, place: Place) -> int:
+        trailer = self.trailer(place) if place.is_diff else None
+        return place.stat.st_size if trailer is None else trailer.size
 
     def _copy_up(self, place: Place, *, empty: bool) -> int | None:
         """Make a dehydrated model a plain file, whole or empty; ``None`` where it is no diff any more."""

@@ -29,6 +29,7 @@ from hydrafs.digests import PARTIAL_NBYTES, PARTIAL_OFFSET
 from hydrafs.errors import HydraError, log_once
 from hydrafs.hashing import kept_block
 from hydrafs.identity import FileIdentity
+from hydrafs.path_locks import with_room
 from hydrafs.readahead import Reader
 from hydrafs.rehydrate import Rehydrated
 
@@ -127,6 +128,7 @@ class OpenFile:
         on_write: Callable[[OpenFile, int | None], None] | None = None,
         on_close: Callable[[OpenFile], None] | None = None,
         on_read: Callable[[], None] = lambda: None,
+        make_room: Callable[[int], bool] = lambda nbytes: False,
     ) -> None:
         """Open ``source`` under the name ``path``.
 
@@ -135,12 +137,14 @@ class OpenFile:
             on_write: called before the first write, with the size if it is a truncation. When it returns, the file
                 ``is_writable``, or has that size already.
             on_close, on_read: called when it was closed, and at each read.
+            make_room: called where a write finds no room; whether there may be some now.
         """
         self._names, self._catalog, self._pool = names, catalog, pool
         self._wants = wants
         self._on_write = on_write
         self._on_close = on_close
         self._on_read = on_read
+        self._make_room = make_room
         self._users = 0
         self._past: list[PlainFile | Rehydrated] = []
         self._lock = threading.Lock()
@@ -268,10 +272,11 @@ class OpenFile:
         """Write all of ``data`` at ``offset``; less only where the disk is full, or something fails, midway."""
         fd = self._writable_fd()
         assert fd is not None
-        done = os.pwrite(fd, data, offset)
+        done = with_room(self._make_room, len(data), lambda: os.pwrite(fd, data, offset))
         while done < len(data):
+            rest, at = data[done:], offset + done
             try:
-                more = os.pwrite(fd, data[done:], offset + done)
+                more = with_room(self._make_room, len(rest), lambda: os.pwrite(fd, rest, at))  # noqa: B023
             except OSError:
                 break  # what was written is told; who goes on writing gets the error
             if more == 0:
@@ -289,9 +294,13 @@ class OpenFile:
         """fallocate(2)."""
         fd = self._writable_fd()
         assert fd is not None
-        if _libc.fallocate(fd, mode, offset, nbytes) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), self.path)
+
+        def allocate() -> None:
+            if _libc.fallocate(fd, mode, offset, nbytes) != 0:
+                number = ctypes.get_errno()
+                raise OSError(number, os.strerror(number), self.path)
+
+        with_room(self._make_room, nbytes, allocate)
 
     def sync(self, *, data_only: bool) -> None:
         """fsync(2) or fdatasync(2)."""

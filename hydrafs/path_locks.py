@@ -1,13 +1,29 @@
-"""Who waits for what when files of a mount are changed: one lock for each path, and a bound on how many wait at all."""
+"""Who waits for what when files of a mount are changed: a lock for each path, a bound on how many wait at all, and a
+second try of what found no room."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
-__all__ = ["PathLocks", "Turns"]
+from hydrafs.errors import HydraError
+
+__all__ = ["PathLocks", "Turns", "with_room"]
+
+_T = TypeVar("_T")
+
+
+def with_room(make_room: Callable[[int], bool], nbytes: int, call: Callable[[], _T]) -> _T:
+    """``call``, and again where it found no room on the disk and ``make_room`` made some, ``nbytes`` if it can."""
+    try:
+        return call()
+    except (OSError, HydraError) as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not make_room(nbytes):
+            raise
+    return call()
 
 
 class PathLocks:

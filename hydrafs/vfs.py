@@ -23,6 +23,7 @@ from pathlib import Path
 
 from cachetools import LRUCache
 
+from hydrafs import trash
 from hydrafs.activity import Activity
 from hydrafs.attributes import Attributes, Entry
 from hydrafs.cache import CacheStatistics, ChunkCache
@@ -302,9 +303,16 @@ class StoreTree:
         return os.readlink(self.find(path).real)
 
     def statfs(self, path: str) -> os.statvfs_result:
-        """The filesystem that the store is on."""
+        """The filesystem that the store is on. What is in the trash counts as free: it goes where room is needed."""
         self.store.check_root()
-        return os.statvfs(self._root)
+        found = os.statvfs(self._root)
+        with contextlib.suppress(OSError, HydraError):
+            more = trash.nbytes(self.store) // found.f_frsize if found.f_frsize else 0
+            if more:
+                values = list(found)
+                values[3], values[4] = min(found.f_blocks, found.f_bfree + more), found.f_bavail + more
+                return os.statvfs_result(values)
+        return found
 
     def _facts(self, place: Place, *, hashes: bool = True) -> dict[str, str]:
         """The attributes that hydrafs adds to a file; its hashes, for which a manifest is read, if asked for."""
@@ -409,12 +417,17 @@ class StoreTree:
                 on_write=self.to_be_written if wants & os.O_ACCMODE != os.O_RDONLY else None,
                 on_close=self.closed,
                 on_read=self.activity.touch,
+                make_room=self.make_room,
             )
         except BaseException as error:
             source.close()
             if isinstance(error, OSError) and error.errno == errno.EBUSY:
                 log.error("cannot open %s: another file of this name is still open; close it first", path)
             raise
+
+    def make_room(self, nbytes: int) -> bool:
+        """A write found no room for ``nbytes``: whether there may be some now."""
+        return False
 
     def to_be_written(self, file: OpenFile, size: int | None) -> None:
         """``file`` is about to be written to, or made ``size`` bytes long; see ``OpenFile``."""

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
-    "version", "child", "covered", "allocator", "limits", "errors", "sizes",
+    "version", "child", "covered", "allocator", "limits", "errors", "path_locks", "sizes",
     "logs", "dtypes", "attributes", "cache", "layout",
     "identity", "filesystem", "openfiles", "leases",
     "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
@@ -25,7 +25,7 @@ ROOMS = [
     "collection", "rehome", "asides", "tending", "activity", "policy", "looking", "working", "tried", "survey", "views",
     "worker", "helper",
     "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "copy_up", "handles",
-    "folder_times", "vfs", "departing", "path_locks", "callers", "file_writes", "writing",
+    "folder_times", "vfs", "departing", "callers", "file_writes", "writing",
     "libfuse", "callbacks", "fusewriting", "fuse", "mountpoints", "webui", "mountoptions", "daemon", "mounting",
     "service", "anatomy", "changes", "family", "pictures", "report", "api", "cli",
 ]  # fmt: skip
