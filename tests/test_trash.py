@@ -154,9 +154,7 @@ def test_what_is_no_model_is_not_kept(family: Family) -> None:  # noqa: F811
     assert names(family.store) == []
 
 
-@pytest.mark.parametrize(
-    "text", ["trash = false", "[trash]\nseconds = 0", "[trash]\nshare = 0", "[trash]\nshare=1e-9"]
-)
+@pytest.mark.parametrize("text", ["trash = false", "[trash]\nseconds = 0", "[trash]\nshare = 0", "[trash]\nshare=1e-9"])
 def test_it_can_be_switched_off(family: Family, text: str) -> None:  # noqa: F811
     configure(family.store, text)
     remove(family, TUNED)

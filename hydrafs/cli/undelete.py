@@ -10,9 +10,8 @@ from pathlib import Path
 import click
 
 from hydrafs import trash
-from hydrafs.cli.common import human, json_option, print_json, real_path, say
+from hydrafs.cli.common import human, json_option, open_store, print_json, say
 from hydrafs.errors import UsageError
-from hydrafs.store import Store
 
 
 @click.command("undelete", short_help="List or bring back what was removed through a mount.")
@@ -31,7 +30,7 @@ def command(store: str, name: str | None, to: str | None, purge: bool, as_json: 
     """
     if (name is not None and purge) or (to is not None and name is None):
         raise UsageError("not both, or not alone", where="undelete", remedy="name a model, or --purge, or neither")
-    with contextlib.closing(Store(real_path(store), looks=True)) as opened:
+    with contextlib.closing(open_store(store)) as opened:
         if purge:
             freed = trash.purge(opened)
             if as_json:
