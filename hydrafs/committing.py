@@ -2,6 +2,7 @@
 
 Rule 1: two processes that store two models against each other do not both remove an original.
 Rule 2: every file that a diff is read from is held by a link before the diff has its name.
+Rule 3: nobody can write to any of these files from before the model is coded until its original is gone.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydrafs import keeping
-from hydrafs.errors import Changing, from_oserror
+from hydrafs.errors import Changing, from_oserror, has_no_locks
 from hydrafs.identity import is_unchanged
-from hydrafs.layout import FileSource
+from hydrafs.layout import ByteSource, FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.manifest import Parent
+from hydrafs.openfiles import Writers
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store
 from hydrafs.suspect import why_not_held
-from hydrafs.temporary import TemporaryFile
 
-__all__ = ["copy_ownership", "disk_errors", "hold", "keep_parents", "may_go", "unchanged"]
+__all__ = ["calm", "disk_errors", "disturbed", "hold", "keep_parents", "may_go", "unchanged"]
 
 
 @contextlib.contextmanager
@@ -48,15 +50,7 @@ def unchanged(model: Path, source: FileSource) -> None:
         raise Changing("a model changed while it was read", where=model)
 
 
-def copy_ownership(source: FileSource, temporary: TemporaryFile) -> None:
-    """Give the diff the model's mode and, as far as that is allowed, its owner."""
-    fd = temporary.file.fileno()
-    os.fchmod(fd, source.stat.st_mode & 0o666)
-    with contextlib.suppress(PermissionError):
-        os.fchown(fd, source.stat.st_uid, source.stat.st_gid)
-
-
-def _plain_files(opened: Sequence[FileSource | Rehydrated]) -> list[FileSource]:
+def _plain_files(opened: Sequence[ByteSource]) -> list[FileSource]:
     """Every full file that the open parents, their parents included, are read from."""
     found: list[FileSource] = []
     pending = list(opened)
@@ -64,19 +58,45 @@ def _plain_files(opened: Sequence[FileSource | Rehydrated]) -> list[FileSource]:
         parent = pending.pop()
         if isinstance(parent, FileSource):
             found.append(parent)
-        else:
-            pending += [p.source for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
+        elif isinstance(parent, Rehydrated):
+            pending += [p.source for p in parent.parents]
     return found
 
 
-def hold(opened: Sequence[FileSource | Rehydrated]) -> None:
+def calm(opened: Sequence[ByteSource], *, look: bool = False, doubt: bool = False) -> None:
+    """Return if nobody could write to a file that the open parents are read from at any moment since it was opened.
+
+    Args:
+        look: without the kernel's help, look through all processes now.
+        doubt: that nobody can tell is no error.
+
+    Raises:
+        Changing: somebody could, or nobody can tell.
+    """
+    for file in _plain_files(opened):
+        if isinstance(file, QuietFile):
+            file.quiet.check(look=look, doubt=doubt)
+
+
+def disturbed(opened: Sequence[ByteSource]) -> tuple[str, Writers]:
+    """The first file that the open parents are read from which somebody can write to, or of which nobody can tell, and
+    which of both; empty where all are quiet."""
+    for file in _plain_files(opened):
+        if isinstance(file, QuietFile):
+            found = Writers.SOMEBODY if file.quiet.was_broken else file.quiet.writers
+            if found is not Writers.NOBODY:
+                return file.path, found
+    return "", Writers.NOBODY
+
+
+def hold(opened: Sequence[ByteSource]) -> None:
     """Keep other processes from removing the parents' originals while they are parents here (``may_go``)."""
     for file in _plain_files(opened):
         with contextlib.suppress(OSError):  # a filesystem without locks, or a lock that is held: see may_go
             fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
-def may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> bool:
+def may_go(source: FileSource, opened: Sequence[ByteSource]) -> bool:
     """Whether the original may be removed: no other process is storing a model against it at this moment, and the full
     files that its diff is read from still stand under their names.
 
@@ -85,10 +105,11 @@ def may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> boo
     """
     try:
         fcntl.flock(source.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # no locks here: what stands is still looked at
+    except OSError as error:
+        # Without locks here, or with none for a file that is only read (NFS), what stands is still looked at, while
+        # the store's own lock is held.
+        if not has_no_locks(error):
+            return False
     for file in _plain_files(opened):
         try:
             if not os.path.samestat(os.stat(file.path), file.stat):
@@ -99,7 +120,7 @@ def may_go(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> boo
 
 
 def keep_parents(
-    store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[FileSource | Rehydrated]
+    store: Store, entries: Sequence[ModelEntry], parents: Sequence[Parent], opened: Sequence[ByteSource]
 ) -> list[str]:
     """Hold every file that the diff will be read from, so that it outlives its name; the caller holds the store's lock.
 

@@ -24,7 +24,7 @@ import msgspec
 from hydrafs.assembling import TORCH_ZIP, Skeleton, container_for, safetensors_skeleton, torch_zip_skeleton
 from hydrafs.basehash import BaseHashes
 from hydrafs.choosing import features_of
-from hydrafs.committing import disk_errors, hold, keep_parents
+from hydrafs.committing import calm, disk_errors, hold, keep_parents
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.dtypes import DTYPES
 from hydrafs.encode import encode_model
@@ -125,6 +125,7 @@ def make_virtual(
     check_target(target)
     sources = [model.source for model in recipe.models]
     opened = [source for source in sources if isinstance(source, FileSource | Rehydrated)]
+    calm(opened, look=True, doubt=True)
     hold(opened)
     records, number, used = _parents(store, recipe, entries, progress)
     model = ComputedModel(recipe, _skeleton(recipe, target.name, jobs, progress))
@@ -147,6 +148,11 @@ def make_virtual(
         writer=f"hydrafs {__version__}",
         formulas=plan.formulas,
     )
+
+    def encoded(nbytes: int) -> None:
+        calm(opened, doubt=True)
+        progress("encode", nbytes, model.size)
+
     with TemporaryFile(target.parent) as temporary, disk_errors(diff):
         manifest = encode_model(
             model,
@@ -155,13 +161,14 @@ def make_virtual(
             lambda count: DiffWriter(temporary.file, count),
             manifest,
             jobs=jobs,
-            progress=lambda nbytes: progress("encode", nbytes, model.size),
+            progress=encoded,
         )
         temporary.flush_to_disk()
         os.fchmod(temporary.file.fileno(), mode & 0o666)
         stored = os.fstat(temporary.file.fileno()).st_size
         prove(store, temporary.path, lambda nbytes: progress("prove", nbytes, model.size), manifest.sha256)
         with store.lock():
+            calm(opened, look=True, doubt=True)
             keep_parents(store, [entries[i] for i in used], records, opened)
             store.add_base_files([entries[i].path for i in used if not entries[i].is_diff])
             store.add_base_folders(folders)
@@ -232,7 +239,7 @@ def _parents(
     """The parents that the recipe uses, each once; for each of its models the number of its parent; and for each parent
     the number of its model."""
     wanted = sorted({operand.parent for part in recipe.parts for operand in part.operands})
-    with contextlib.closing(BaseHashes(store, [entries[model] for model in wanted])) as hashes:
+    with contextlib.closing(BaseHashes(store, [entries[model] for model in wanted], doubt=True)) as hashes:
         found = hashes.complete(functools.partial(progress, "hash"))
     parents: list[Parent] = []
     number: dict[int, int] = {}

@@ -3,18 +3,20 @@
 Rule 1: the original goes only after the diff, read back from disk, has given its SHA-256.
 Rule 2: a model that changes while it is read is left as it is, and nothing is written under its name.
 Rule 3: whatever goes wrong, the store holds the original and no half of a diff.
+Rule 4: nobody can write to the model, nor to a file that its diff is read from, while all this is done.
+Rule 5: what the diff cannot carry of the model (attributes, access lists) leaves the model whole; unasked, so do an
+        owner that cannot be kept, another hard link, and a base that cannot be held.
 Beside the pass over the model run: the SHA-256 of a base that is new here, reading ahead, and writing the diff to disk.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
-from hydrafs.committing import copy_ownership, disk_errors, hold, keep_parents, may_go, unchanged
+from hydrafs.committing import calm, disk_errors, disturbed, hold, keep_parents, may_go, unchanged
 from hydrafs.composition import made_of
 from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
@@ -36,17 +38,20 @@ from hydrafs.errors import (
     NotFound,
     ParentLoop,
     ParentUnavailable,
-    UsageError,
 )
 from hydrafs.explaining import explained
+from hydrafs.fileattributes import carry
+from hydrafs.filesystem import same_mount
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity, sha256
 from hydrafs.layout import FileSource, Layout, plain_text
+from hydrafs.leases import QuietFile
 from hydrafs.manifest import Manifest, Parent
 from hydrafs.matching import Computed, Match, match
-from hydrafs.needs import needs
+from hydrafs.openfiles import Writers
 from hydrafs.opening import MAX_DEPTH, Opener
 from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
+from hydrafs.refusals import all_quiet, may_doubt, needed_by, other_link, refuse, room_for_ending, stays_whole, warnings
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.replacing import Original
 from hydrafs.restore import prove
@@ -102,6 +107,11 @@ class Outcome:
     original_removed: bool
     kept_nbytes: int = 0
 
+    @property
+    def freed_nbytes(self) -> int:
+        """How many bytes the original gave back; the diff takes ``stored_nbytes`` of them."""
+        return self.size - self.kept_nbytes if self.original_removed else 0
+
 
 def dehydrate(
     store: Store,
@@ -125,53 +135,59 @@ def dehydrate(
         HydraError: by class what the user can do; the original stands as it stood.
     """
     options = options or Options()
-
-    def report(stage: Stage, nbytes: int, total: int) -> None:
-        options.still()
-        if progress:
-            progress(stage, nbytes, total)
-
     folder = real_path(folder or model.parent)
     name = name or model.name
     target = folder / (name + SUFFIX)
-    _refuse(model)
-    _room_for_ending(target, model)
+    refuse(model)
+    room_for_ending(target, model)
     if not folder.is_dir():
         raise NotFound("no such folder for the diff", where=folder, remedy=f"mkdir -p {folder}")
-    with FileSource(model) as source, contextlib.closing(Opener(store, ChunkCache(64 << 20))) as opener:
+    with (
+        contextlib.closing(QuietFile(model)) as source,
+        contextlib.closing(Opener(store, ChunkCache(64 << 20))) as opener,
+    ):
+        opened: list[FileSource | Rehydrated] = []
+
+        def report(stage: Stage, nbytes: int, total: int) -> None:
+            options.still()
+            all_quiet(source, opened, options)
+            if progress:
+                progress(stage, nbytes, total)
+
         before = FileIdentity.of(source.stat)
         if target.exists() and trailer_of(target).size != source.size:
             raise AlreadyThere("another diff has that name", where=target, remedy="move it away, or rename the model")
-        if store.is_pinned(real_path(model)) and not options.keep:
-            return _left_alone(model, source.size, source.size, ("it is pinned; hydrafs bases --unpin lets it go",))
-        needed_by = _needed_by(store, model, before)
-        if needed_by and not options.keep and not options.bases:
-            return _left_alone(model, source.size, source.size, (f"{needed_by}; a base stays whole",))
+        all_quiet(source, (), options)
+        needed = needed_by(store, model, before)
+        whole = stays_whole(store, source, needed, options)
+        if whole:
+            return _left_alone(model, source.size, source.size, (whole,))
         store.check_locks()  # what minutes of work would end with
         layout = containers.parse(source, model.name)
         facts = facts_of(source, layout)
+        passed_over: dict[str, Writers] = {}
         if options.bases:
             choice = _named(store, options.bases)
         else:
-            choice = bases.choose(
-                store,
-                opener,
-                source,
-                facts,
-                exclude=(model, *options.not_bases),
-                evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
-                refused=Suspects(store).of_base if options.all_or_nothing else lambda path: "",
-            )
+            choice, passed_over = _chosen(store, opener, source, layout, facts, options)
         entries, matches = _predicted(store, opener, source, layout, facts, choice)
         if not entries and not options.alone:
+            _wait_for(passed_over, options)
             return _left_alone(model, source.size, source.size, choice.reasons)
-        hashes = BaseHashes(store, entries)
-        parents = hashes.parents
-        opened: list[FileSource | Rehydrated] = []
+        hashes: BaseHashes | None = None
         ahead: prefetch.Prefetch | None = None
         try:
             opened.extend(opener.open(entry) for entry in entries)
             _check_chain(source, opened)
+            path, found = disturbed(opened)
+            doubts: tuple[str, ...] = ()
+            if found is Writers.UNKNOWN:
+                doubts = (f"nobody can tell whether {store.relative(Path(path))} is being written to: {found.value}",)
+                if not may_doubt(options):
+                    return _left_alone(model, source.size, source.size, (*choice.reasons, *doubts))
+            calm(opened, look=True, doubt=may_doubt(options))
+            hashes = BaseHashes(store, entries, opened, doubt=may_doubt(options))
+            parents = hashes.parents
             hold(opened)
             raw = options.codec == "raw"
             plan = make_plan(
@@ -185,10 +201,14 @@ def dehydrate(
             manifest = _manifest(source, name, layout, plan, parents)
             share = 1.0 if raw else estimate(source, plan, opened, manifest)
             if not raw and share > 0.98:
+                _wait_for(passed_over, options)
                 return _left_alone(model, source.size, round(share * source.size), choice.reasons)
             _check_space(folder, share * source.size, model)
             options.begin()
-            with TemporaryFile(folder) as temporary, disk_errors(target):
+            with TemporaryFile(_scratch(store, folder, options)) as temporary, disk_errors(target):
+                lost = carry(source.fd, temporary.file.fileno())
+                if (lost.attributes and not options.keep) or (lost.owner and options.all_or_nothing):
+                    return _left_alone(model, source.size, round(share * source.size), lost.reasons)
 
                 def encoded(nbytes: int) -> None:
                     ahead.advance(nbytes)
@@ -210,11 +230,15 @@ def dehydrate(
                 temporary.flush_to_disk()
                 stored = os.fstat(temporary.file.fileno()).st_size
                 if not raw and stored > (1 - MUST_SHRINK_BY) * source.size:
+                    _wait_for(passed_over, options)
                     return _left_alone(model, source.size, stored, choice.reasons)
-                copy_ownership(source, temporary)
+                os.fchmod(
+                    temporary.file.fileno(), source.stat.st_mode & 0o666
+                )  # after the access list, which changes it
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
                 with DiffFile(temporary.path) as diff:
-                    reasons = (*choice.reasons, *map(str, made_of(diff)))
+                    reasons = (*choice.reasons, *map(str, made_of(diff)), *doubts, *lost.reasons)
+                reasons += warnings(store, entries)
                 unheld: list[str] = []
 
                 def keep() -> None:
@@ -242,21 +266,35 @@ def dehydrate(
             kept = 0
             if removed and os.fstat(source.fd).st_nlink:
                 kept = source.size
-                reasons += (f"{needed_by or 'another link keeps it'}: its {source.size / 1e6:.1f} MB are not freed",)
+                reasons += (f"{needed or 'another link keeps it'}: its {source.size / 1e6:.1f} MB are not freed",)
             names = tuple(p.name for p in parents)
             made = target if os.path.lexists(target) else None
             return Outcome(model, made, source.size, stored, manifest.sha256, names, reasons, removed, kept)
         finally:
-            hashes.close()
+            if hashes is not None:
+                hashes.close()
             if ahead is not None:
                 ahead.close()
             for parent in opened:
                 parent.close()
 
 
+def _scratch(store: Store, folder: Path, options: Options) -> Path:
+    """Where the diff is written before it gets its name. What is done unasked stands in no folder of the user's: that
+    may be moved or removed meanwhile."""
+    return store.private if options.all_or_nothing and same_mount(store.private, folder) else folder
+
+
+def _wait_for(passed_over: Mapping[str, Writers], options: Options) -> None:
+    """What nobody asked for is not given up because the one base was being written to at the moment."""
+    written = [name for name, found in passed_over.items() if found is Writers.SOMEBODY]
+    if written and options.all_or_nothing:
+        raise Changing("a base is being written to", where=written[0])
+
+
 def _commit(
     store: Store,
-    source: FileSource,
+    source: QuietFile,
     temporary: TemporaryFile,
     target: Path,
     options: Options,
@@ -270,6 +308,13 @@ def _commit(
     def check() -> None:
         options.still()
         unchanged(model, source)
+        all_quiet(source, opened, options, look=True)
+        if options.all_or_nothing and (link := other_link(store, os.fstat(source.fd))):
+            raise Changing("a model has got another link", where=model, detail=link)
+
+    def last() -> None:
+        options.still()
+        all_quiet(source, opened, options, look=True, renamed=True)
 
     # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
     with store.lock():
@@ -284,7 +329,7 @@ def _commit(
             temporary.commit(target, replace=replace)
             remember()
             try:
-                removed = may_go(source, opened) and original.go(check, options.still)
+                removed = may_go(source, opened) and original.go(check, last)
                 if not removed and options.all_or_nothing:
                     raise Changing("a model, or what its diff needs, is in use", where=model)
             except BaseException:
@@ -292,55 +337,6 @@ def _commit(
                     original.give_up()
                 raise
     return removed
-
-
-def _refuse(model: Path) -> None:
-    if model.is_symlink():
-        raise UsageError(
-            "a link is no model",
-            where=model,
-            detail=f"it points to {real_path(model)}",
-            remedy="name the file that it points to",
-        )
-    if not model.exists():
-        if os.path.isfile(f"{model}{SUFFIX}"):
-            raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
-        raise NotFound("no such model", where=model, remedy="check the path")
-    if model.is_dir():
-        raise UsageError(
-            "a folder is no model",
-            where=model,
-            remedy=f"name the models in it; hydrafs watch {model} dehydrates what lands there",
-        )
-    if not model.is_file():
-        raise UsageError("not a file", where=model, remedy="name a model")
-    if model.name.endswith(SUFFIX):
-        raise UsageError("already dehydrated", where=model, remedy="hydrafs info shows what it holds")
-
-
-def _room_for_ending(target: Path, model: Path) -> None:
-    try:
-        os.lstat(target)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            nbytes = len(os.fsencode(target.name))
-            raise UsageError(
-                "the name has no room for the ending",
-                where=model,
-                detail=f"{nbytes} bytes with {SUFFIX}, more than the filesystem takes",
-                remedy="give the model a shorter name",
-            ) from None
-
-
-def _needed_by(store: Store, model: Path, identity: FileIdentity) -> str:
-    known = store.catalog.sha256(real_path(model), identity)
-    # A model that was ever a parent has its SHA-256 in the catalog; only then are the diffs asked.
-    need = needs(store).get(known) if known else None
-    if need is None:
-        return ""
-    dependents = need.dependents or ["a retired model"]
-    others = f" and {len(dependents) - 1} more" if len(dependents) > 1 else ""
-    return f"{dependents[0]}{others} needs it"
 
 
 def _left_alone(model: Path, size: int, stored: int, reasons: tuple[str, ...]) -> Outcome:
@@ -360,6 +356,36 @@ def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
     return bases.Choice(tuple(candidates), (reason,), tuple(candidates))
 
 
+def _chosen(
+    store: Store, opener: Opener, source: QuietFile, layout: Layout, facts: ModelFacts, options: Options
+) -> tuple[bases.Choice, dict[str, Writers]]:
+    """What is found by itself, and what would have been found if nobody could write to it."""
+    passed_over: dict[str, Writers] = {}
+    paths: list[Path] = []
+    while True:
+        choice = bases.choose(
+            store,
+            opener,
+            source,
+            facts,
+            exclude=(Path(source.path), *options.not_bases, *paths),
+            evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
+            refused=Suspects(store).of_base if options.all_or_nothing else lambda path: "",
+        )
+        more = []
+        for candidate in choice.parents:
+            with contextlib.suppress(HydraError), contextlib.closing(opener.open(candidate.entry)) as parent:
+                path, found = disturbed([parent])
+                if path:
+                    passed_over[path] = found
+                    more.append(candidate.entry.path)
+        if not more or set(more) <= set(paths):
+            break
+        paths += more
+    told = (f"{store.relative(Path(path))} is no base now: {found.value}" for path, found in passed_over.items())
+    return replace(choice, reasons=(*choice.reasons, *told)), passed_over
+
+
 def _predicted(
     store: Store, opener: Opener, source: FileSource, layout: Layout, facts: ModelFacts, choice: bases.Choice
 ) -> tuple[list[ModelEntry], list[Match | Computed | None]]:
@@ -370,9 +396,11 @@ def _predicted(
             parent = opener.open(candidate.entry)
             try:
                 _check_chain(source, [parent])
-                return parent
+                if disturbed([parent])[1] is Writers.NOBODY:
+                    return parent
             except HydraError:
-                parent.close()
+                pass
+            parent.close()
         return None
 
     def sha256_of(candidate: bases.Candidate) -> bytes | None:

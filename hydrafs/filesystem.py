@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from pathlib import Path
 
-__all__ = ["is_local", "is_settled", "settles_in", "times_tell"]
+__all__ = ["is_local", "is_settled", "is_stacked", "same_mount", "settles_in", "times_tell"]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _EXT, _XFS, _BTRFS, _F2FS, _OVERLAY = 0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x794C7630
@@ -77,3 +78,21 @@ def is_settled(stat: os.stat_result, fd: int) -> bool:
     """Whether a write to an open file would leave other times than ``stat`` has: from then on equal times say that
     nothing was written."""
     return settles_in(stat, fd) == 0
+
+
+def same_mount(one: Path, other: Path) -> bool:
+    """Whether a file can be linked and renamed from one folder to the other: one filesystem, reached through one mount
+    (link(2), EXDEV). False where that cannot be told."""
+    try:
+        return os.stat(one).st_dev == os.stat(other).st_dev and _mount_of(one) == _mount_of(other)
+    except (OSError, StopIteration):
+        return False
+
+
+def _mount_of(folder: Path) -> str:
+    fd = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    try:
+        lines = Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines()
+        return next(line for line in lines if line.startswith("mnt_id:"))
+    finally:
+        os.close(fd)

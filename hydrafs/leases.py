@@ -290,23 +290,28 @@ class Quiet:
         finally:
             self._again.release()
 
-    def check(self, what: str = "a base", *, look: bool = False) -> None:
+    def check(self, what: str = "a base", *, look: bool = False, renamed: bool = False, doubt: bool = False) -> None:
         """Raise ``Changing`` where somebody could write to it at any moment since this was made.
 
         Args:
             what: what it is, for the message.
             look: without the kernel's help, look through all processes now; else once in a while.
+            renamed: the file has got another name since, which changes its times as a write does.
+            doubt: that nobody can tell is no error, as long as its times are what they were.
         """
         if not self.was_broken and self._held is None and self.writers is Writers.NOBODY:
             if look or time.monotonic() - self._looked >= _LOOK_SECONDS * max(1.0, _COSTS * self._cost):
                 self.was_broken = self._look() is not Writers.NOBODY
-            self.was_broken = self.was_broken or not is_unchanged(self._stat, os.fstat(self._fd))
+            if not renamed:
+                self.was_broken = self.was_broken or not is_unchanged(self._stat, os.fstat(self._fd))
         elif self._held is not None and not self._held.stands():
             self.was_broken = True
             _watcher.give_back(self._held)
+        elif self._held is None and not renamed and not is_unchanged(self._stat, os.fstat(self._fd)):
+            self.was_broken = True
         if self.was_broken:
             raise Changing(f"{what} is being written to", where=self.where)
-        if self.writers is Writers.UNKNOWN:
+        if self.writers is Writers.UNKNOWN and not doubt:
             raise Changing(f"nobody can tell whether {what} is being written to", where=self.where,
                            detail=self.writers.value)  # fmt: skip
 

@@ -20,10 +20,11 @@ from hydrafs import keeping
 from hydrafs.cache import ChunkCache
 from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
-from hydrafs.diff import TRAILER_NBYTES, XATTR_ATTRIBUTES, DiffWriter, read_trailer, set_attributes
+from hydrafs.diff import TRAILER_NBYTES, DiffWriter, read_trailer, set_attributes
 from hydrafs.digests import AHEAD, Lane
 from hydrafs.encode import encode_model
 from hydrafs.errors import AlreadyThere, NoSpace, UsageError, VerifyFailed, from_oserror
+from hydrafs.fileattributes import carry
 from hydrafs.manifest import PREDICTION_SAME, PREDICTION_TENSOR
 from hydrafs.opening import Opener
 from hydrafs.plan import Plan
@@ -120,12 +121,12 @@ def rehydrate(
     progress: Progress | None = None,
     instead: bool = False,
 ) -> Restored:
-    """Write the model of a diff as a full file, with its mode and mtime; the diff stays, unless told so.
+    """Write the model of a diff as a full file, with its mode, mtime, extended attributes and, as far as we may, its
+    owner; the diff stays, unless told so.
 
     Args:
         output: where to (default: under the model's name, beside the diff). A folder gets the model's name in it.
-        instead: it takes the place of the diff: it gets the owner and the extended attributes of that, too, and the
-            diff goes.
+        instead: it takes the place of the diff, which goes.
 
     Raises:
         AlreadyThere: a file of that name exists.
@@ -147,9 +148,7 @@ def rehydrate(
                 found = read_all(model, temporary.file.write, progress)
                 temporary.file.flush()
                 fd = temporary.file.fileno()
-                if instead:
-                    carry_over(model.diff.fd, fd)
-                os.fchmod(fd, model.diff.trailer.mode & 0o7777)
+                carry(model.diff.fd, fd, model.diff.trailer.mode)
                 mtime_ns = model.diff.trailer.mtime_ns
                 os.utime(fd, ns=(model.diff.stat.st_atime_ns if instead else mtime_ns, mtime_ns))
             except OSError as error:
@@ -165,14 +164,7 @@ def rehydrate(
 
 def carry_over(source: int, target: int) -> None:
     """Give the open file ``target`` the owner and the extended attributes of ``source``, as far as we may."""
-    stat = os.fstat(source)
-    with contextlib.suppress(PermissionError):
-        os.fchown(target, stat.st_uid, stat.st_gid)
-    with contextlib.suppress(OSError):
-        for name in os.listxattr(source):
-            if name != XATTR_ATTRIBUTES:
-                with contextlib.suppress(OSError):
-                    os.setxattr(target, name, os.getxattr(source, name))
+    carry(source, target)
 
 
 def change_attributes(path: Path, *, mode: int, mtime_ns: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import mmap
 import multiprocessing
@@ -16,14 +17,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Filled
+from conftest import Filled, ModelMaker
 from writing_process import HOWS, writing
 
-from hydrafs import filesystem, leases
+import hydrafs.dehydrate as dehydrating
+from hydrafs import basehash, filesystem, leases
 from hydrafs.cache import ChunkCache
+from hydrafs.dehydrate import dehydrate
+from hydrafs.diff import DiffFile
 from hydrafs.errors import Changing, HydraError
 from hydrafs.identity import FileIdentity
 from hydrafs.leases import Lease, QuietFile
@@ -31,6 +36,7 @@ from hydrafs.openfiles import Writers, writers
 from hydrafs.opening import Opener
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import Store
+from hydrafs.temporary import TEMPORARY
 
 NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.ENOSYS)
 
@@ -420,3 +426,169 @@ class TestServing:
             monkeypatch.setattr(filesystem, "_FINE_NS", 20_000_000)
             opener.open(store.locate("tuned.safetensors")).close()
             assert store.catalog.sha256(filled.base, FileIdentity.of(filled.base.stat())) is not None
+
+
+def stands_whole(filled: Filled) -> None:
+    assert filled.tuned.read_bytes() == filled.data
+    assert not filled.diff.exists()
+    assert not [name for _, _, names in os.walk(filled.root) for name in names if TEMPORARY in name]
+
+
+class TestDehydrating:
+    @pytest.mark.parametrize("how", HOWS)
+    def test_a_base_that_somebody_can_write_to(self, filled: Filled, how: str) -> None:
+        with writing(filled.base, how):
+            with pytest.raises(Changing, match=r"base\.safetensors"):
+                filled.dehydrate(replace(filled.options, bases=(filled.base,)))
+            stands_whole(filled)
+            outcome = filled.dehydrate(replace(filled.options, keep=True))
+            assert outcome.parents == ()
+            assert any("base.safetensors is no base now" in reason for reason in outcome.reasons)
+            filled.diff.unlink(missing_ok=True)
+            with pytest.raises(Changing, match=r"base\.safetensors"):  # in the background: not now
+                filled.dehydrate(replace(filled.options, alone=False, all_or_nothing=True))
+            stands_whole(filled)
+        assert filled.dehydrate().parents == ("base.safetensors",)
+
+    @pytest.mark.parametrize("how", HOWS)
+    @pytest.mark.parametrize("stage", ["hash", "encode", "prove", "commit"])
+    @pytest.mark.parametrize("what", ["base", "model"])
+    def test_a_writer_that_comes_in_the_middle(
+        self,
+        filled: Filled,
+        at_end: contextlib.ExitStack,
+        monkeypatch: pytest.MonkeyPatch,
+        how: str,
+        stage: str,
+        what: str,
+    ) -> None:
+        others = []
+
+        def come() -> None:
+            if not others:
+                others.append(at_end.enter_context(writing(filled.base if what == "base" else filled.tuned, how)))
+
+        if stage == "commit":
+            may_go = dehydrating.may_go
+            monkeypatch.setattr(dehydrating, "may_go", lambda *arguments: (may_go(*arguments), come())[0])
+        if stage == "hash":
+            digest = basehash.sha256
+            monkeypatch.setattr(basehash, "sha256", lambda *arguments: (come(), digest(*arguments))[1])
+        with contextlib.closing(Store(filled.root, create=True)) as store, contextlib.suppress(Changing):
+            outcome = dehydrate(
+                store, filled.tuned, filled.options, progress=lambda s, *_: come() if s == stage else None
+            )
+            assert stage == "commit"
+            assert not outcome.original_removed
+        assert others
+        stands_whole(filled)
+        others[0].write(9, 65)  # it may, and nobody suffers
+
+    def test_a_base_that_a_diff_is_read_from(self, filled: Filled, models: ModelMaker) -> None:
+        """The plain file at the end of a chain counts as the parent itself does."""
+        filled.dehydrate()
+        further = models.tuned("fp16")
+        further["norm.bias"] += 1
+        path = models.save(filled.root / "further.safetensors", further)
+        with writing(filled.base, "mapping"), contextlib.closing(Store(filled.root)) as store:
+            options = replace(filled.options, bases=(filled.tuned,))
+            with pytest.raises(Changing, match=r"base\.safetensors"):
+                dehydrate(store, path, options)
+        assert path.exists()
+
+    def test_where_nothing_can_be_told_the_model_stays_whole(
+        self, filled: Filled, monkeypatch: pytest.MonkeyPatch, without_leases: int
+    ) -> None:
+        monkeypatch.setattr(leases, "writers", lambda fd, thorough=False: Writers.UNKNOWN)
+        for options in (
+            replace(filled.options, bases=(filled.base,), all_or_nothing=True),
+            replace(filled.options, alone=False),
+            replace(filled.options, alone=False, all_or_nothing=True),
+        ):
+            outcome = filled.dehydrate(options)
+            assert outcome.diff is None
+            assert any("not every process can be looked at" in reason for reason in outcome.reasons), outcome.reasons
+            stands_whole(filled)
+        outcome = filled.dehydrate(replace(filled.options, bases=(filled.base,)))  # somebody insists
+        assert any("nobody can tell" in reason for reason in outcome.reasons)
+        with opened(filled.root) as model:
+            assert not model.parents[0].proven()
+            assert model.pread(0, model.size) == filled.data
+
+    @pytest.mark.parametrize("without_leases", NO_LEASES, indirect=True, ids=os.strerror)
+    def test_without_leases(self, filled: Filled, without_leases: int) -> None:
+        with writing(filled.base, "promise"), pytest.raises(Changing):
+            filled.dehydrate(replace(filled.options, bases=(filled.base,)))
+        stands_whole(filled)
+        assert filled.dehydrate().original_removed
+        assert read_or_fail(filled.root) == filled.data
+
+    def test_a_base_that_was_written_where_times_tell_nothing_is_hashed_anew(
+        self, filled: Filled, at_end: contextlib.ExitStack
+    ) -> None:
+        root = Path(at_end.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm")))
+        base = Path(shutil.copy2(filled.base, root))
+        for number in range(2):
+            tuned = Path(shutil.copy2(filled.tuned, root))
+            with contextlib.closing(Store(root, create=True)) as store:
+                assert dehydrate(store, tuned, replace(filled.options, bases=(base,))).original_removed
+            with DiffFile(root / "tuned.safetensors.hydra") as diff:
+                assert diff.manifest.parents[0].sha256 == hashlib.sha256(base.read_bytes()).digest()
+            (root / "tuned.safetensors.hydra").unlink()
+            before = base.stat()
+            with base.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+                mapping[-1] = mapping[-1] ^ (number + 1)
+            assert FileIdentity.of(base.stat()) == FileIdentity.of(before)
+
+    @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP, errno.EIO])
+    def test_a_lock_that_cannot_be_had(self, filled: Filled, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        original = fcntl.flock
+
+        def flock(fd: int, operation: int) -> None:
+            if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
+                raise OSError(number, os.strerror(number))
+            original(fd, operation)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        assert filled.dehydrate().original_removed == (number != errno.EIO)
+        assert filled.tuned.exists() or read_or_fail(filled.root) == filled.data
+
+    def test_in_the_background_nothing_is_written_in_the_models_folder(self, filled: Filled, tmp_path: Path) -> None:
+        seen = set()
+
+        def look(*_: object) -> None:
+            seen.update(os.listdir(filled.root))
+
+        with contextlib.closing(Store(filled.root, create=True)) as store:
+            options = replace(filled.options, alone=False, all_or_nothing=True)
+            assert dehydrate(store, filled.tuned, options, progress=look).original_removed
+        assert seen == {"base.safetensors", "tuned.safetensors", ".hydrafs"}
+        assert read_or_fail(filled.root) == filled.data
+
+    @pytest.mark.parametrize("what", ["moved", "removed"])
+    @pytest.mark.parametrize("stage", ["encode", "prove", "commit"])
+    def test_a_folder_that_goes_meanwhile(
+        self, models: ModelMaker, filled: Filled, monkeypatch: pytest.MonkeyPatch, what: str, stage: str
+    ) -> None:
+        folder = filled.root / "folder"
+        folder.mkdir()
+        model = filled.tuned.rename(folder / "tuned.safetensors")
+
+        def go() -> None:
+            if folder.exists():
+                if what == "moved":
+                    folder.rename(filled.root / "elsewhere")
+                else:
+                    shutil.rmtree(folder)
+
+        if stage == "commit":
+            keep = dehydrating.keep_parents
+            monkeypatch.setattr(dehydrating, "keep_parents", lambda *arguments: (go(), keep(*arguments))[1])
+        with contextlib.closing(Store(filled.root, create=True)) as store:
+            options = replace(filled.options, alone=False, all_or_nothing=True)
+            with pytest.raises(HydraError):
+                dehydrate(store, model, options, progress=lambda s, *_: go() if s == stage else None)
+        left = [os.path.join(at, name) for at, _, names in os.walk(filled.root) for name in names]
+        assert not [name for name in left if "hydra" in os.path.basename(name) or "journal" in name], left
+        if what == "moved":
+            assert (filled.root / "elsewhere" / "tuned.safetensors").read_bytes() == filled.data

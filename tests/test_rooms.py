@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "hydrafs"
 ROOMS = [
     "version", "child", "covered", "allocator", "limits", "errors", "path_locks", "sizes",
     "logs", "dtypes", "attributes", "cache", "layout",
-    "identity", "filesystem", "openfiles", "leases",
+    "identity", "filesystem", "openfiles", "leases", "fileattributes",
     "digests", "containers", "assembling", "predictors", "formulas", "codecs", "manifest", "prefetch",
     "diff", "composition", "catalog", "temporary", "root_identity", "store_lock", "walk", "mounttable", "store",
     "suspect", "filecopy", "keptlinks", "journal", "needs", "held", "keeping",
@@ -21,7 +21,7 @@ ROOMS = [
     "trash", "basehash", "prediction", "rehydrate", "readahead", "opening", "retained", "fingerprint", "matching",
     "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
-    "committing", "dehydrate",
+    "committing", "refusals", "dehydrate",
     "collection", "rehome", "asides", "tending", "activity", "policy", "looking", "working", "tried", "survey", "views",
     "worker", "helper",
     "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "copy_up", "handles",
