@@ -66,17 +66,19 @@ _SWITCHES = {
     "rw": {"read_only": False},
     "nonempty": {"nonempty": True},
 }
-_FLAGS = frozenset({"noexec", "noatime", "nodiratime", "sync", "async", "dirsync"})
+_FLAGS = frozenset({"noexec", "noatime", "sync", "async", "dirsync"})
 # mount(8) and its helpers put these in by themselves (suid and dev too, as root), or they are for fstab's readers.
+# Others say when times of access are kept: that is up to the store's filesystem, and libfuse does not know all of them.
 _ACCEPTED = frozenset(
     {
         "defaults", "auto", "noauto", "nofail", "_netdev", "user", "nouser", "users", "owner", "group", "exec", "atime",
-        "relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "suid", "nosuid", "dev", "nodev", "loud",
-        "silent",
+        "relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime",
+        "iversion", "noiversion", "mand", "nomand", "symfollow", "suid", "nosuid", "dev", "nodev", "loud", "silent",
+        "nogroup", "noowner", "nousers", "_rnetdev", "bg", "fg",
     }
 )  # fmt: skip
 _VALUED = ("uid", "gid", "umask", "fsname", "cache_size")
-_IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "subtype=")
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "helper=", "uhelper=", "subtype=", "user=", "retry=")
 
 
 def parse_options(text: str) -> MountOptions:
@@ -89,6 +91,12 @@ def parse_options(text: str) -> MountOptions:
     flags: list[str] = []
     for option in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = option.partition("=")
+        if option == "remount":
+            raise UsageError(
+                "a mount that is up keeps its options",
+                where=text,
+                remedy="take it down with hydrafs umount, and mount it again with the options that it is to have",
+            )
         if option in _SWITCHES:
             fields.update(_SWITCHES[option])
         elif option in _FLAGS:

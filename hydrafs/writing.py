@@ -29,7 +29,7 @@ from hydrafs.renaming import rename_model
 from hydrafs.replacing import recover
 from hydrafs.restore import change_attributes
 from hydrafs.store import is_private
-from hydrafs.temporary import fsync_folder, remove_leftovers
+from hydrafs.temporary import TEMPORARY, fsync_folder
 from hydrafs.vfs import XATTR_HASH, XATTR_PREFIX, Place
 
 log = logging.getLogger("hydrafs.vfs")
@@ -156,7 +156,7 @@ class WritableTree(FileWrites):
             self._delete(place)
 
     def rmdir(self, path: str) -> None:
-        """rmdir(2); temporary files that a crash left in the folder are no obstacle."""
+        """rmdir(2); temporary files in the folder are no obstacle, and who writes them fails."""
         real = self.find(path).real
         with self.turns.one():
             self._rmdir(real)
@@ -170,7 +170,7 @@ class WritableTree(FileWrites):
             if error.errno != errno.ENOTEMPTY or self.members(real):
                 raise
             recover(self.store)
-            remove_leftovers(Path(real))
+            _end_jobs_in(real)
             os.rmdir(real)
 
     def rename(self, old: str, new: str, flags: int = 0) -> None:
@@ -221,6 +221,7 @@ class WritableTree(FileWrites):
         self.names.move(old, new, folder=folder)
         if folder:
             self.folder_times.moved(place.listed, real, shown)
+            _end_jobs_in(real)
         self.folder_times.touched(os.path.dirname(place.real))
         self.folder_times.touched(os.path.dirname(real))
 
@@ -318,3 +319,13 @@ class WritableTree(FileWrites):
     def _check_xattr(self, path: str, name: str) -> None:
         if name.startswith((XATTR_HASH, XATTR_PREFIX, "system.", "security.")):
             raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP), path)
+
+
+def _end_jobs_in(real: str) -> None:
+    """Remove the temporary files in a folder that goes or is called otherwise now, also of who is writing them: they
+    cannot get the name that they were for, and nobody would ever find them."""
+    for folder, _, names in os.walk(real):
+        for name in names:
+            if name.startswith(TEMPORARY):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(folder, name))

@@ -132,6 +132,7 @@ def test_delete_of_a_base_with_three_dependents(tmp_path: Path, models: ModelMak
     hashes = {name: sha256_of(library.root / name) for name in names}
     for name in names:
         assert hydrafs("dehydrate", "--base", base, library.root / name).returncode == 0
+    (library.root / ".hydrafs" / "config.toml").write_text("trash = false\n")
     live = mounted(library)
     stored = used_nbytes(library.root)
     assert stored < whole - 2 * base_nbytes

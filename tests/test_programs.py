@@ -32,11 +32,12 @@ SLACK_NBYTES = 32 << 10
 
 
 def used_nbytes(root: Path) -> int:
-    """What the models and other files of a store are allocated, kept ones too; a file of several names once."""
+    """What the models and other files of a store are allocated, kept ones too; a file of several names once. What can
+    be had back for a while is not counted: it goes where a write needs room."""
     found = {}
     for folder, _, names in os.walk(root):
         for name in names:
-            if Path(folder).name != ".hydrafs":  # the catalog, logs and locks
+            if Path(folder).name not in (".hydrafs", "trash"):  # the catalog, logs and locks
                 stat = os.lstat(Path(folder, name))
                 found[stat.st_ino] = stat.st_blocks * 512
     return sum(found.values())
