@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -71,27 +72,36 @@ class Helper:
         self._ended.clear()
         self._order["mark"] = mark or self._order["mark"]
         with self._lock:
-            self._start(covered)
+            self._try_to_start(covered)
         threading.Thread(target=self._mind, args=(covered,), name="hydrafs-helper", daemon=True).start()
 
     def _mind(self, covered: int) -> None:
-        """Sleep until the process ends; start it anew where it did not mean to."""
+        """Sleep until the process ends; start it anew where it did not mean to, or could not be started."""
         seconds = _RESTART_SECONDS
         while True:
-            process = self._process
-            if process is None:
-                return
-            code = process.wait()
-            if self._ended.is_set() or code == 0:
-                return
-            log.error("the worker ended with code %d; it is started again in %.0f s", code, seconds)
+            process, begun = self._process, time.monotonic()
+            if process is not None:
+                code = process.wait()
+                if self._ended.is_set() or code == 0:
+                    return
+                if time.monotonic() - begun > _RESTART_SECONDS_MAX:
+                    seconds = _RESTART_SECONDS  # it was well for long
+                log.error("the worker ended with code %d; it is started again in %.0f s", code, seconds)
             if self._ended.wait(seconds):
                 return
             seconds = min(2 * seconds, _RESTART_SECONDS_MAX)
             with self._lock:
                 if self._ended.is_set():
                     return
-                self._start(covered)
+                self._try_to_start(covered)
+
+    def _try_to_start(self, covered: int) -> None:
+        """Start it; a system that has no room for another process now may have it later."""
+        try:
+            self._start(covered)
+        except OSError as error:
+            self._process = None
+            log.error("the worker cannot be started, it is tried again: %s", error.strerror)
 
     def _start(self, covered: int) -> None:
         folder = catalogs_folder()

@@ -193,7 +193,7 @@ class Store:
         self._begun = False
         self._beginning = threading.Lock()
         self._pins_of = (0, 0)
-        self.catalog = Catalog(self._catalog_path(looks=True), read_only=True, root=self.root)
+        self.catalog = Catalog(self._catalog_path(looks=True), read_only=True)
         self._configure()
         if create or (not looks and self.private.is_dir()):
             self.begin()

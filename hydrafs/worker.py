@@ -280,8 +280,7 @@ class Worker:
             self._tried.keep({m.name for m in seen.models})
         times = [self._may_be_tried_at(model) for model, _ in self._wanted(seen.models)]
         self._until = max(min(times, default=0.0), self.clock() + _VIEWS_SECONDS if hindered else 0.0)
-        if hindered != self._work.hindered:
-            self._tell(self._work.state, hindered=hindered)
+        self._tell(self._work.state, hindered=hindered)
         if not self._is_paused():
             self._tend(tending_state(self.store, seen))
         return done
@@ -365,7 +364,9 @@ class Worker:
         self.store.check_root()
         path, name, seen = model.path, model.name, self._seen[model.path]
         if not self._tried.begin(name, model.identity):
-            self._put_off(path, seen, "it cannot be written down that it is tried", name)
+            why = "it cannot be written down that it is tried"
+            self._put_off(path, seen, why, name)
+            self._tell(self._work.state, last_error=f"{plain_text(name)}: {why}")
             self._tried.end(name)
             return None
         try:
@@ -377,6 +378,9 @@ class Worker:
             seen.refused, seen.why = seen.refused + 1, _told_of(error)
             waits = self._settle(path) * 2 ** min(max(0, seen.refused - _REFUSALS), _MAX_BACKOFF)
             seen.since, seen.until = self.clock(), self.clock() + min(waits, _PUT_OFF_SECONDS_MAX)
+            if seen.refused >= _REFUSALS:
+                why = f"{plain_text(name)}: {seen.why}, {seen.refused} times in a row"
+                self._tell("working", last_error=why)
             outcome = None
         except Exception as error:
             log.debug("%s is not dehydrated", path, exc_info=True)

@@ -13,6 +13,8 @@ from hydrafs.errors import HydraError, printable
 from hydrafs.service.status import Status
 from hydrafs.working import Work
 
+_SHOWN = 5
+
 
 @click.command("status", short_help="How a mount's daemon is, and what it saved.")
 @click.argument("mountpoint", metavar="[MOUNTPOINT]", required=False)
@@ -57,6 +59,7 @@ def lines_of(s: Status) -> list[str]:
     ]
     if s.worker.state != "none":
         lines.append(f"  worker    {worker_line(s.worker)}")
+        lines += [f"            {line}" for line in worker_reasons(s.worker)]
     lines += [f"  {time.strftime('%F %T', time.localtime(at))}  {text}" for at, text in s.errors[-5:]]
     return lines
 
@@ -71,6 +74,15 @@ def worker_line(w: Work) -> str:
     elif w.state == "idle" and w.waits_until:
         now = f"next look in {_duration(max(0.0, w.waits_until - time.time()))}"
     return f"{now}; {done}" + (f"; last error: {w.last_error}" if w.last_error else "")
+
+
+def worker_reasons(w: Work) -> list[str]:
+    """Why nothing is dehydrated, and which files are in trouble or left whole unasked, one line each."""
+    lines = [f"waits: {printable(w.hindered)}"] if w.hindered else []
+    lines += [f"trouble: {printable(name)}: {printable(why)}" for name, why in w.troubles[:_SHOWN]]
+    if w.troubled > _SHOWN:
+        lines.append(f"and {w.troubled - _SHOWN} more in trouble")
+    return lines + [f"stays whole: {printable(name)}: {printable(why)}" for name, why in w.whole[:_SHOWN]]
 
 
 def _duration(seconds: float) -> str:
