@@ -163,6 +163,8 @@ def dehydrate(
         if whole:
             return _left_alone(model, source.size, source.size, (whole,))
         store.check_locks()  # what minutes of work would end with
+        if not source.size:
+            return _left_alone(model, 0, 0, ())
         layout = containers.parse(source, model.name)
         facts = facts_of(source, layout)
         passed_over: dict[str, Writers] = {}

@@ -21,7 +21,7 @@ from hydrafs.store import Store
 from hydrafs.temporary import TemporaryFile
 from hydrafs.walk import list_folder
 
-__all__ = ["Entry", "entries", "has_pending", "marks", "pending", "write"]
+__all__ = ["Entry", "entries", "is_about", "marks", "pending", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,10 @@ def write(store: Store, kind: str, places: Mapping[str, Path], numbers: Mapping[
     return Entry(path, kind, places, numbers)
 
 
-def has_pending(store: Store) -> bool:
-    """Whether something was begun and not ended: by a killed process, or by one that is at it."""
-    with contextlib.suppress(OSError):
-        return any(name.startswith(_PREFIX) for name in os.listdir(store.private))
-    return False
+def is_about(store: Store, path: Path) -> bool:
+    """Whether something was begun with the file at ``path`` and not ended: by a killed process, or by one that is at
+    it. Changes nothing."""
+    return any(path in entry.places.values() for entry in entries(store))
 
 
 def marks(key: str, stat: os.stat_result) -> dict[str, int]:

@@ -266,22 +266,9 @@ def restore(store: Store, name: str, to: Path | None = None) -> Path:
         AlreadyThere: the name was given to another file.
         HydraError: it cannot be moved back.
     """
-    wanted = store.relative(Path(os.path.abspath(name))) if os.path.isabs(name) else os.path.normpath(name)
+    _found(store, name, to)  # who is refused has locked nothing
     with store.lock():
-        found = [trashed for trashed in listing(store) if wanted in (trashed.name, trashed.path.name)]
-        if not found:
-            raise NotFound(
-                "no such file is in the trash", where=name, remedy=f"hydrafs undelete {store.root} lists what there is"
-            )
-        trashed = found[-1]
-        target = to or store.root / trashed.name
-        inside = Path(os.path.normpath(target))
-        if not inside.is_relative_to(store.root) or any(is_private(p) for p in inside.relative_to(store.root).parts):
-            raise UsageError("a name outside the store", where=target, remedy="name another with --to")
-        if any(stat is not None for stat in standing(target)):
-            raise AlreadyThere(
-                "another file has the name", where=target, remedy="move it away, or name another with --to"
-            )
+        trashed, target = _found(store, name, to)
         place = diff_of(target) if trashed.is_diff else target
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,3 +281,20 @@ def restore(store: Store, name: str, to: Path | None = None) -> Path:
         except OSError as error:
             raise from_oserror(error, "cannot give the file its name back", target) from error
     return target
+
+
+def _found(store: Store, name: str, to: Path | None) -> tuple[Trashed, Path]:
+    """What is meant by ``restore``, and the name that it is to have; raises what is wrong with it."""
+    wanted = store.relative(Path(os.path.abspath(name))) if os.path.isabs(name) else os.path.normpath(name)
+    found = [trashed for trashed in listing(store) if wanted in (trashed.name, trashed.path.name)]
+    if not found:
+        raise NotFound(
+            "no such file is in the trash", where=name, remedy=f"hydrafs undelete {store.root} lists what there is"
+        )
+    target = to or store.root / found[-1].name
+    inside = Path(os.path.normpath(target))
+    if not inside.is_relative_to(store.root) or any(is_private(p) for p in inside.relative_to(store.root).parts):
+        raise UsageError("a name outside the store", where=target, remedy="name another with --to")
+    if any(stat is not None for stat in standing(target)):
+        raise AlreadyThere("another file has the name", where=target, remedy="move it away, or name another with --to")
+    return found[-1], target

@@ -354,7 +354,7 @@ def test_what_cannot_be_added_is_refused(run: Run, pair: Pair, tmp_path: Path) -
     bad(run("import", path, "--base", pair.base, "--store", pair.root), 2, key, "[3, 5] and [512, 96]", "base")
     path = save_diff({key: torch.zeros(512, 96).to(torch.float8_e4m3fn)}, tmp_path / "types")
     bad(run("import", path, "--base", pair.base, "--store", pair.root), 2, key, "float8_e4m3fn")
-    assert sorted(p.name for p in pair.root.iterdir()) == [".hydrafs", "base.ckpt", "tuned.ckpt"]
+    assert sorted(p.name for p in pair.root.iterdir()) == ["base.ckpt", "tuned.ckpt"]
 
 
 def test_arguments_that_cannot_be_meant(run: Run, pair: Pair, tmp_path: Path) -> None:
@@ -837,7 +837,7 @@ def test_without_torch(pair: Pair, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "pip install torch" in done.stderr
     assert done.stderr.count("\n") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".hydrafs", "dehydrated.pbz2", "store"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dehydrated.pbz2", "store"]
 
 
 @pytest.fixture(autouse=True)

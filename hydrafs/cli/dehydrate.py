@@ -25,7 +25,7 @@ from hydrafs.cli.common import (
 )
 from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
 from hydrafs.errors import HydraError, UsageError
-from hydrafs.journal import has_pending
+from hydrafs.journal import is_about
 from hydrafs.replacing import recover
 from hydrafs.store import Store
 from hydrafs.temporary import remove_leftovers
@@ -99,7 +99,7 @@ def _one(
         begin=lambda: _tidy(store, target),
     )
     with contextlib.closing(store_of(target)) as store, contextlib.ExitStack() as stack:
-        if not path.exists() and has_pending(store):
+        if not path.exists() and is_about(store, path):
             recover(store)  # the original may be what a killed command has to give back
         bars: dict[Stage, Callable[[int], None]] = {}
         titles = {"hash": "hashing the base", "encode": f"dehydrating {path.name}", "prove": f"proving {path.name}"}

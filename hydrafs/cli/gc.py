@@ -28,6 +28,7 @@ def command(store: str, dry_run: bool, rehome: bool, jobs: int | None, as_json: 
     what is needed, and nothing is removed.
     """
     with contextlib.closing(Store(real_path(store), looks=dry_run)) as opened:
+        dry_run = dry_run or not opened.private.is_dir()  # what is no store is not made one to find nothing in it
         if not dry_run:
             tending.start(opened)
             tending.hash_unhashed(opened)

@@ -20,6 +20,7 @@ from hydrafs.cli.common import (
     progress_bar,
     real_path,
     say,
+    store_of,
 )
 from hydrafs.dehydrate import Options, Outcome, Stage, dehydrate
 from hydrafs.diff import SUFFIX
@@ -30,7 +31,7 @@ from hydrafs.seed import checkpoint
 from hydrafs.seed.plan import Item, hydrated
 from hydrafs.seed.reader import limit_for, open_diff
 from hydrafs.seed.states import State, read_state
-from hydrafs.store import Store, find_root
+from hydrafs.store import Store
 from hydrafs.temporary import TemporaryFile, remove_leftovers
 
 _BASE_CACHE_NBYTES = 96 << 20
@@ -51,26 +52,27 @@ def command(legacy: str, base: str, folder: str | None, name: str | None, jobs: 
     """
     path = real_path(legacy)
     target = _target(path, folder, name)
-    root = find_root(target.parent) or target.parent
-    with contextlib.closing(Store(root, create=True)) as store:
-        recover(store)
-        remove_leftovers(target.parent)
+    with contextlib.closing(store_of(target.parent)) as store, contextlib.ExitStack() as stack:
         for taken in (target, target.with_name(target.name + SUFFIX)):
             if os.path.lexists(taken):
                 raise AlreadyThere("a model of that name exists", where=taken, remedy="name another with --name")
         entry = store.locate(real_path(base))
-        opener = Opener(store, ChunkCache(_BASE_CACHE_NBYTES))
-        with contextlib.ExitStack() as stack, TemporaryFile(target.parent) as temporary:
-            stack.enter_context(contextlib.closing(opener))
-            source = stack.enter_context(contextlib.closing(opener.open(entry)))
-            base_state = read_state(source, entry.name)
-            with progress_bar(f"reading {path.name}", path.stat().st_size if path.is_file() else 0) as progress:
-                diff_state = stack.enter_context(open_diff(path, target.parent, limit_for(source.size), progress))
-            items = hydrated(diff_state, base_state)
-            _write(temporary, items, path)
-            outcome = _store(store, temporary, entry.path, target, default_jobs(jobs))
-            if outcome.diff is None:
-                temporary.commit(target)
+        opener = stack.enter_context(contextlib.closing(Opener(store, ChunkCache(_BASE_CACHE_NBYTES))))
+        source = stack.enter_context(contextlib.closing(opener.open(entry)))
+        base_state = read_state(source, entry.name)
+        with progress_bar(f"reading {path.name}", path.stat().st_size if path.is_file() else 0) as progress:
+            limit = limit_for(source.size)
+            diff_state = stack.enter_context(open_diff(path, target.parent, limit, progress, nameless=True))
+        items = hydrated(diff_state, base_state)
+        # Nothing is refused any more: what killed commands left is tidied, and the model is made.
+        if store.private.is_dir():
+            recover(store)
+        remove_leftovers(target.parent)
+        temporary = stack.enter_context(TemporaryFile(target.parent))
+        _write(temporary, items, path)
+        outcome = _store(store, temporary, entry.path, target, default_jobs(jobs))
+        if outcome.diff is None:
+            temporary.commit(target)
     _tell(outcome, target, _counts(items, base_state), as_json)
 
 

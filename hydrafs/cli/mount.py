@@ -15,7 +15,7 @@ from hydrafs.cli.common import catalogs, log_format_option, open_store, service_
 from hydrafs.covered import keep_catalogs_in
 from hydrafs.helper import Helper
 from hydrafs.logs import log_to
-from hydrafs.mounting import mount, parse_options
+from hydrafs.mounting import mount, parse_options, preflight
 from hydrafs.mountpoints import MountInfo, check_mountpoint, clear_stale, resolve
 from hydrafs.policy import Policy
 from hydrafs.service.control import runtime_folders
@@ -100,10 +100,6 @@ def command(
         Policy.of(opened, **given)  # what is wrong with it is said here
     limit = limit_nbytes()
     nbytes = _cache_nbytes(cache_size, parsed.cache_nbytes, limit)
-    log_path = log_file
-    if log_path is None and not foreground:
-        log_path = _default_log(private)
-
     helper = None
     if not parsed.read_only and os.access(root, os.W_OK):
         helper = Helper(root, given, style=style, off_limits=point)
@@ -140,14 +136,21 @@ def command(
         if warm:
             start_warming("--lately", os.fspath(found.mountpoint))
 
+    paths = [root, *folders, *files, *([catalogs()] if in_place else [])]
+    binding = os.environ.get("HYDRAFS_FUSE") or None
+    log_path = log_file
+    if log_path is None and not foreground:
+        # What is refused makes no log either.
+        preflight(point, store_paths=paths, options=parsed, binding=binding, over_store=in_place)
+        log_path = _default_log(private)
     mount(
         make_tree,
         point,
-        store_paths=[root, *folders, *files, *([catalogs()] if in_place else [])],
+        store_paths=paths,
         over_store=in_place,
         options=parsed,
         foreground=foreground,
-        binding=os.environ.get("HYDRAFS_FUSE") or None,
+        binding=binding,
         log_path=log_path,
         on_ready=ready,
     )

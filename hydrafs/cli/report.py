@@ -20,6 +20,10 @@ def command(store: str, output: Path, heat_maps: int) -> None:
     """Make a page about STORE that needs nothing else: the family tree of its models, what they save, and for each
     fine-tune which layers it changed and how much.
     """
+    output = Path(os.path.abspath(output.expanduser()))
+    if output.is_dir() or not output.parent.is_dir():
+        raise UsageError("no place for the page", where=output, remedy="name a file in a folder that exists")
+    open_store(store).close()  # what is refused loads no matplotlib, which writes a cache of its own
     try:
         from hydrafs import report  # noqa: PLC0415 - matplotlib is there only where it was asked for
     except ImportError as error:
@@ -30,9 +34,6 @@ def command(store: str, output: Path, heat_maps: int) -> None:
             detail="the pictures are drawn with it",
             remedy="pip install 'hydrafs[report]'",
         ) from None
-    output = Path(os.path.abspath(output.expanduser()))
-    if output.is_dir() or not output.parent.is_dir():
-        raise UsageError("no place for the page", where=output, remedy="name a file in a folder that exists")
     with contextlib.closing(open_store(store)) as opened:
         page = report.report(opened, human, max_heat_maps=heat_maps)
     report.write(output, page)

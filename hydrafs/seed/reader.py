@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from hydrafs.containers import cursor, pickle_walk, torch_zip
 from hydrafs.containers.symbols import Storage, Tensor, Unpacked
@@ -24,6 +27,7 @@ from hydrafs.temporary import TemporaryFile
 BZ2_SIGNATURE = b"BZh"
 _PICKLE_SIGNATURE = b"\x80"
 _CHUNK_NBYTES = 1 << 20
+_BUFFER_NBYTES = 1 << 20
 _SMALLEST_LIMIT_NBYTES = 64 << 20
 
 _IMPORTS = {
@@ -50,7 +54,9 @@ def limit_for(base_nbytes: int) -> int:
 
 
 @contextlib.contextmanager
-def open_diff(path: Path, folder: Path, limit: int, progress: Progress | None = None) -> Iterator[State]:
+def open_diff(
+    path: Path, folder: Path, limit: int, progress: Progress | None = None, *, nameless: bool = False
+) -> Iterator[State]:
     """The state dict of a seed diff, readable until the context is left.
 
     Args:
@@ -58,6 +64,7 @@ def open_diff(path: Path, folder: Path, limit: int, progress: Progress | None = 
         folder: where a compressed diff is unpacked to; a temporary file, gone when the context is left.
         limit: how many bytes it may be when unpacked.
         progress: is told how many more bytes of the file were read.
+        nameless: the temporary file has no name, where the filesystem can: what is no diff leaves no trace.
 
     Raises:
         BadModel: no diff of the tool, or a damaged or hostile one.
@@ -66,18 +73,33 @@ def open_diff(path: Path, folder: Path, limit: int, progress: Progress | None = 
     with contextlib.ExitStack() as stack:
         source: FileSource = stack.enter_context(FileSource(path))
         if source.pread(0, len(BZ2_SIGNATURE)) == BZ2_SIGNATURE:
-            temporary = stack.enter_context(TemporaryFile(folder))
+            file, place = stack.enter_context(_unpacked_in(folder, nameless=nameless))
             for block in unpacked(source, limit, path, progress):
                 try:
-                    temporary.file.write(block)
+                    file.write(block)
                 except OSError as error:
                     raise from_oserror(error, "cannot unpack the diff", path) from error
             try:
-                temporary.file.flush()
+                file.flush()
             except OSError as error:
                 raise from_oserror(error, "cannot unpack the diff", path) from error
-            source = stack.enter_context(FileSource(temporary.path))
+            source = stack.enter_context(FileSource(place))
         yield read_diff(source, path)
+
+
+@contextlib.contextmanager
+def _unpacked_in(folder: Path, *, nameless: bool) -> Iterator[tuple[IO[bytes], str]]:
+    """A temporary file in ``folder``, and a path to it."""
+    if not nameless:
+        with TemporaryFile(folder) as temporary:
+            yield temporary.file, os.fspath(temporary.path)
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=_BUFFER_NBYTES))
+        except OSError as error:
+            raise from_oserror(error, "cannot write in", folder) from error
+        yield file, f"/proc/self/fd/{file.fileno()}"
 
 
 def unpacked(source: ByteSource, limit: int, where: Path, progress: Progress | None = None) -> Iterator[bytes]:
