@@ -15,6 +15,7 @@ from hydrafs.dehydrate import Options, Outcome, Progress, dehydrate
 from hydrafs.errors import UsageError
 from hydrafs.layout import FileSource
 from hydrafs.mounting import mount_in_background, parse_options
+from hydrafs.mountpoints import resolve
 from hydrafs.opening import Opener
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store
@@ -139,14 +140,14 @@ def mount(
         {
             "root": os.fspath(root),
             "cache_nbytes": cache_nbytes,
-            "mountpoint": os.path.realpath(mountpoint),
+            "mountpoint": os.fspath(resolve(mountpoint)),
             "read_only": parsed.read_only,
         },
         mountpoint,
         store_paths=[root, *folders],
         options=parsed,
         binding=binding,
-        over_store=os.path.realpath(mountpoint) == os.fspath(root),
+        over_store=os.fspath(resolve(mountpoint)) == os.fspath(root),
     ) as path:
         yield path
 

@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["start"]
+__all__ = ["ask_filesystems", "start"]
 
 _CODE = """
 import importlib, json, sys
@@ -39,3 +41,41 @@ def start(function: str, order: object, **options: Any) -> subprocess.Popen[byte
         process.stdin.write(line.encode() + b"\n")
         process.stdin.flush()
     return process
+
+
+_QUESTION = """
+import os, sys
+try:
+    os.statvfs(sys.argv[1])
+except OSError as error:
+    sys.exit(error.errno)
+"""
+
+
+def ask_filesystems(paths: Sequence[str | os.PathLike[str]], seconds: float) -> list[int | None]:
+    """What statvfs(2) says of each path: an errno, 0 where it is answered, None where it is not within ``seconds``.
+
+    Each is asked in a process of its own, all at a time: who waits for a filesystem that does not answer may be beyond
+    the reach of any signal, a thread's whole process with it. Such a process is left behind, and holds nothing open.
+    """
+    nothing = subprocess.DEVNULL
+    asked = [
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _QUESTION, os.fspath(path)],
+            stdin=nothing, stdout=nothing, stderr=nothing, cwd="/", start_new_session=True,
+        )
+        for path in paths
+    ]  # fmt: skip
+    deadline = time.monotonic() + seconds
+    answers: list[int | None] = []
+    for process in asked:
+        try:
+            answers.append(process.wait(max(0.01, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            answers.append(None)
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.05)
+            if process.returncode is None:
+                process.returncode = -9  # nobody waits for it any more
+    return answers

@@ -15,16 +15,18 @@ import queue
 import shutil
 import stat
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from hydrafs import child
 from hydrafs.errors import Denied, HydraError, MountFailed, NotFound, UsageError
 from hydrafs.mounttable import MountInfo, all_mounts
 
-__all__ = ["MountInfo", "all_mounts", "check_mountpoint", "check_store_paths", "clear_stale", "our_mounts",
-           "raise_readahead", "resolve", "unmount", "wait_until_answers"]  # fmt: skip
+__all__ = ["MountInfo", "all_mounts", "check_mountpoint", "check_store_paths", "clear_stale", "how_to_end",
+           "mount_above", "our_mounts", "raise_readahead", "resolve", "unmount", "wait_until_answers"]  # fmt: skip
 
 log = logging.getLogger("hydrafs.mountpoints")
 
@@ -35,6 +37,10 @@ _TRIGGER = "autofs"
 """What an automount leaves at its mountpoint: who looks into it waits until something was mounted on top."""
 _MNT_DETACH, _UMOUNT_NOFOLLOW = 2, 8  # umount(2)
 _DEAD = (errno.ENOTCONN, errno.ECONNABORTED)
+_DEAD_SECONDS = 2.0
+"""How long to wait for a mount to say that nobody is connected: who hangs does not say it."""
+_TOOL_SECONDS = 2.0
+_MAX_LINKS = 40  # as path_resolution(7) has it
 _SEE_LOG = "look into its log, or mount with --foreground"
 
 
@@ -44,8 +50,48 @@ def our_mounts() -> list[MountInfo]:
 
 
 def resolve(mountpoint: str | os.PathLike[str]) -> Path:
-    """The absolute path without symlinks, also of a mountpoint whose daemon is dead."""
-    return Path(os.path.realpath(mountpoint))
+    """The absolute path without symlinks. Nothing at or below a mount of ours is asked: its daemon may be dead, or not
+    answer; what follows the name of such a mount stays as it is written."""
+    ours = {os.fspath(mount.mountpoint) for mount in our_mounts()}
+    text = os.path.join(os.getcwd(), mountpoint)  # not abspath: "link/.." is above where the link leads
+    current, links, pending = "/", 0, text.split("/")[::-1]
+    while pending:
+        part = pending.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            current = os.path.dirname(current)
+            continue
+        step = os.path.join(current, part)
+        if step in ours:
+            return Path(os.path.normpath(os.path.join(step, *pending[::-1])))
+        try:
+            link = os.readlink(step)
+        except (OSError, ValueError):
+            current = step
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            return Path(text)  # a loop: it leads nowhere
+        current = "/" if link.startswith("/") else current
+        pending.extend(link.split("/")[::-1])
+    return Path(current)
+
+
+def mount_above(path: str | os.PathLike[str]) -> MountInfo | None:
+    """The mount of ours that ``path`` lies in, or is, by its name; nothing in it is asked."""
+    name = resolve(path)
+    above = [mount for mount in our_mounts() if name.is_relative_to(mount.mountpoint)]
+    return max(above, key=lambda mount: len(mount.mountpoint.parts), default=None)
+
+
+def how_to_end(mount: MountInfo) -> str:
+    """What to do about a mount whose daemon does not answer."""
+    number = mount.device.rpartition(":")[2]
+    return (
+        f"hydrafs umount --lazy {mount.mountpoint} takes it down, and then, as root, echo 1 > "
+        f"/sys/fs/fuse/connections/{number}/abort frees who waits for it"
+    )
 
 
 def _topmost(mountpoint: Path) -> MountInfo | None:
@@ -53,12 +99,9 @@ def _topmost(mountpoint: Path) -> MountInfo | None:
 
 
 def _is_dead(path: Path) -> bool:
-    try:
-        # Not stat: for a second the kernel answers that one itself.
-        os.statvfs(path)
-    except OSError as error:
-        return error.errno in _DEAD
-    return False
+    # Not stat: for a second the kernel answers that one itself.
+    (answer,) = child.ask_filesystems([path], _DEAD_SECONDS)
+    return answer in _DEAD
 
 
 def clear_stale(mountpoint: Path) -> int:
@@ -228,10 +271,16 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
         )
     if top.fstype != FSTYPE:
         raise MountFailed("not a hydrafs mount", where=path, detail=f"it is {top.fstype}", remedy=f"umount {path}")
-    _unmount_path(path, lazy=lazy or _is_dead(path))
+    try:
+        _unmount_path(path, lazy=lazy)
+    except MountFailed:
+        if lazy or not _is_dead(path):
+            raise
+        _unmount_path(path, lazy=True)
 
 
 def _unmount_path(path: Path, *, lazy: bool) -> None:
+    """Nothing here asks the mount: umount(2) does not, by the path without following what is there."""
     if os.geteuid() == 0:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)) == 0:
@@ -242,9 +291,23 @@ def _unmount_path(path: Path, *, lazy: bool) -> None:
     if tool is None:
         raise MountFailed("fusermount3 is not installed", remedy="install fuse3, or unmount as root")
     command = [tool, "-u", *(["-z"] if lazy else []), "--", os.fspath(path)]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode != 0:
-        reason = done.stderr.strip()
+    with tempfile.TemporaryFile("w+", errors="replace") as said:  # no pipe, which one that hangs would keep open
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, cwd="/")
+        try:
+            code = process.wait(_TOOL_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.returncode = -9  # it may be beyond any signal
+            top = _topmost(path)
+            raise MountFailed(
+                "the mount cannot be taken down",
+                where=path,
+                detail=f"{tool} does not end",
+                remedy=how_to_end(top) if top is not None else "ask root",
+            ) from None
+        said.seek(0)
+        reason = said.read().strip()
+    if code != 0:
         raise _unmount_error(path, reason, busy="busy" in reason)
 
 

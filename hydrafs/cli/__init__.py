@@ -10,6 +10,7 @@ import io
 import keyword
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -48,7 +49,28 @@ _COMMANDS = {
 }
 
 
-_PATH = click.Path(readable=False)
+class _Path(click.Path):
+    """A path, as it was given: what click does with one is a stat, which would hang in a mount whose daemon hangs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value
+
+
+class _AnsweringPath(_Path):
+    """A path that is not in a mount whose daemon hangs: whoever touched it would hang as well."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from hydrafs.cli.common import check_answers  # noqa: PLC0415 - commands are imported when they are called
+
+        if isinstance(value, str) and value:
+            check_answers(value)
+        return value
+
+
+_PATH = _Path()
+_ANSWERING_PATH = _AnsweringPath()
+_ABOUT_MOUNTS = frozenset({"control", "doctor", "log", "status", "top", "umount"})
+"""Commands that are about a mount, whatever its daemon does; they touch nothing in it."""
 _NO_PATHS = ("value",)
 _PATH_METAVARS = ("PATH", "DIR", "FILE")
 
@@ -74,7 +96,7 @@ class _Commands(click.Group):
         for parameter in command.params:
             # Paths stay text as they were given; a shell that completes them asks for the type.
             if isinstance(parameter.type, click.types.StringParamType) and _is_path(parameter):
-                parameter.type = _PATH
+                parameter.type = _PATH if cmd_name in _ABOUT_MOUNTS else _ANSWERING_PATH
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:

@@ -8,22 +8,25 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
 
+from hydrafs.child import ask_filesystems
 from hydrafs.covered import cover, keep_catalogs_in, shown
-from hydrafs.errors import NotFound, printable
+from hydrafs.errors import HydraError, NotFound, printable
 from hydrafs.logs import Style
-from hydrafs.mountpoints import our_mounts, resolve
+from hydrafs.mountpoints import mount_above, our_mounts, resolve
 from hydrafs.retained import Kept, aside_files, unhashed_files
-from hydrafs.service.control import ask, runtime_folders
+from hydrafs.service.control import ask, daemon_of, does_not_answer, runtime_folders
 from hydrafs.store import ModelEntry, Store, find_root
 from hydrafs.walk import Trouble
 
 _NAMED = 3
 _XATTR_PATH = "user.hydrafs.path"
+_ANSWER_SECONDS = 2.0
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 log_format_option = click.option(
@@ -37,7 +40,7 @@ jobs_option = click.option(
 def real_path(path: str | os.PathLike[str]) -> Path:
     """Where ``path`` stands in the store, if it is inside a mount of ours; else itself."""
     absolute = Path(os.path.abspath(Path(path).expanduser()))
-    resolved = Path(os.path.realpath(absolute.parent)) / absolute.name
+    resolved = resolve(absolute.parent) / absolute.name
     for mount in our_mounts():
         for name in (absolute, resolved):
             if name.is_relative_to(mount.mountpoint):
@@ -257,12 +260,55 @@ def mounts_of(mountpoint: str | os.PathLike[str] | None) -> list[Path]:
     return found
 
 
-def ask_daemon(mountpoint: Path, do: str, **request: Any) -> Any:
-    """Ask the daemon of the mount at ``mountpoint``: the user's own, or for root anybody's."""
+def _runtime_folders_of(mountpoint: Path) -> list[Path]:
+    """Where the socket of the daemon of ``mountpoint`` may be: the user's own, or for root anybody's."""
     users = [os.geteuid()]
     for found in our_mounts():
         if found.mountpoint == mountpoint:
             users += [int(o[8:]) for o in found.options if o.startswith("user_id=") and o[8:].isdigit()]
     named = os.environ.get("XDG_RUNTIME_DIR", "")
-    folders = [folder for user in dict.fromkeys(users) for folder in runtime_folders(user, named)]
-    return ask(list(dict.fromkeys(folders)), mountpoint, do, **request)
+    return list(dict.fromkeys(folder for user in dict.fromkeys(users) for folder in runtime_folders(user, named)))
+
+
+def ask_daemon(mountpoint: Path, do: str, **request: Any) -> Any:
+    """Ask the daemon of the mount at ``mountpoint``: the user's own, or for root anybody's.
+
+    Raises:
+        HydraError: as ``hydrafs.service.control.ask``, within three seconds.
+    """
+    return ask(_runtime_folders_of(mountpoint), mountpoint, do, **request)
+
+
+def ask_daemons(mountpoints: Sequence[Path], do: str) -> list[Any]:
+    """``ask_daemon`` of all, at a time: what each says, or the ``HydraError`` that asking it gave."""
+
+    def answer(mountpoint: Path) -> Any:
+        try:
+            return ask_daemon(mountpoint, do)
+        except HydraError as error:
+            return error
+
+    with ThreadPoolExecutor(max(1, min(32, len(mountpoints)))) as pool:
+        return list(pool.map(answer, mountpoints))
+
+
+def daemon_at(mountpoint: Path) -> int:
+    """The process that serves the mount at ``mountpoint``, whether it answers or not; 0 where nobody can tell."""
+    return daemon_of(_runtime_folders_of(mountpoint), mountpoint)
+
+
+def check_answers(path: str | os.PathLike[str]) -> None:
+    """Make sure, before ``path`` is touched, that the mount of ours that it lies in, if any, answers. A dead one does:
+    with an error.
+
+    Raises:
+        MountFailed: its daemon hangs or is stopped; the message names its process, and what to do.
+    """
+    mount = mount_above(Path(path).expanduser())
+    if mount is None:
+        return
+    (answer,) = ask_filesystems([mount.mountpoint], _ANSWER_SECONDS)
+    if answer is None:
+        raise does_not_answer(
+            mount.mountpoint, daemon_at(mount.mountpoint), f"does not answer for {_ANSWER_SECONDS:g} s"
+        )

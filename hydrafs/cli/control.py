@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, print_json, say
+from hydrafs.cli.common import ask_daemon, check_answers, human, json_option, mounts_of, print_json, say
 from hydrafs.errors import UsageError
 from hydrafs.mountpoints import resolve
 from hydrafs.sizes import parse_nbytes
@@ -56,4 +56,5 @@ def command(mountpoint: str, action: str, value: str | None, as_json: bool) -> N
 def _in_mount(path: Path, point: Path) -> Path:
     """What a person calls a model: by a path that leads into the mount from here, or by its path in the mount."""
     resolved = resolve(path.expanduser())
+    check_answers(point)
     return resolved.relative_to(point) if resolved.is_relative_to(point) and resolved.exists() else path

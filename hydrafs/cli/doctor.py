@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import click
 
 from hydrafs.cli import findings
-from hydrafs.cli.common import json_option, print_json, print_table, real_path
+from hydrafs.cli.common import check_answers, json_option, print_json, print_table, real_path
 from hydrafs.errors import MountFailed
 
 
@@ -27,7 +28,7 @@ def command(store: str | None, as_json: bool) -> int:
         *findings.mounts(),
         *findings.units(),
         *findings.clock(),
-        *(findings.store(real_path(store)) if store is not None else ()),
+        *(_store(store) if store is not None else ()),
     ]
     bad = [f for f in found if f.state == "bad"]
     if as_json:
@@ -35,3 +36,12 @@ def command(store: str | None, as_json: bool) -> int:
     else:
         print_table(["what", "state", "found", "what to do"], [[f.what, f.state, f.found, f.remedy] for f in found])
     return MountFailed.exit_code if bad else 0
+
+
+def _store(store: str) -> Iterator[findings.Finding]:
+    try:
+        check_answers(store)
+    except MountFailed as error:
+        yield findings.Finding("store", "bad", f"{error.where}: {error.what}: {error.detail}", error.remedy)
+    else:
+        yield from findings.store(real_path(store))

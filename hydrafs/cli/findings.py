@@ -24,7 +24,8 @@ from typing import Any
 
 import msgspec
 
-from hydrafs.cli.common import human, kept_line, leftovers
+from hydrafs.child import ask_filesystems
+from hydrafs.cli.common import daemon_at, human, kept_line, leftovers
 from hydrafs.codecs import rans
 from hydrafs.digests import twins_available
 from hydrafs.errors import HydraError
@@ -32,6 +33,7 @@ from hydrafs.libfuse import MAX_READ_NBYTES, load_binding
 from hydrafs.mountpoints import READAHEAD_KIB, all_mounts, our_mounts, wait_until_answers
 from hydrafs.needs import census
 from hydrafs.retained import kept, unheld
+from hydrafs.service.control import does_not_answer
 from hydrafs.service.memory import fitting_cache, limit_nbytes
 from hydrafs.store import Store, trailer_of
 
@@ -47,7 +49,7 @@ _OPTIONAL = {
 }
 _SYS_ADMIN = 21  # linux/capability.h
 _OPEN_FILES = 1024
-_ANSWER_SECONDS = 3.0
+_ANSWER_SECONDS = 2.0
 _FUTURE_SECONDS = 5.0
 _OLDEST_CLOCK = 1_700_000_000  # this program is younger
 _SLOW_FILESYSTEMS = {
@@ -283,8 +285,15 @@ def mounts() -> Iterator[Finding]:
     elif not found:
         remedy = "reads through a user's mount are half as fast; once it is mounted, doctor tells what root can do"
         yield Finding("readahead", "note", "128 KiB: only root can set more", remedy)
-    for mount in found:
+    answers = ask_filesystems([mount.mountpoint for mount in found], _ANSWER_SECONDS)
+    for mount, answer in zip(found, answers, strict=True):
         where = f"{mount.source} at {mount.mountpoint}"
+        if answer is None:
+            pid = daemon_at(mount.mountpoint)
+            silent = does_not_answer(mount.mountpoint, pid)
+            remedy = silent.remedy if pid else f"hydrafs umount --stale {mount.mountpoint}, or --lazy; then mount again"
+            yield Finding("mount", "note", f"{where}: {silent.what}: {silent.detail}", remedy)
+            continue
         try:
             wait_until_answers(mount.mountpoint, _ANSWER_SECONDS)
         except HydraError as error:

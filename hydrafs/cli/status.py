@@ -8,7 +8,7 @@ from typing import Any
 import click
 import msgspec
 
-from hydrafs.cli.common import ask_daemon, human, json_option, mounts_of, print_json, say
+from hydrafs.cli.common import ask_daemons, human, json_option, mounts_of, print_json, say
 from hydrafs.errors import HydraError, printable
 from hydrafs.service.status import Status
 from hydrafs.working import Work
@@ -21,16 +21,14 @@ _SHOWN = 5
 @json_option
 def command(mountpoint: str | None, as_json: bool) -> None:
     """Show how the daemon of MOUNTPOINT is, or of all mounts: models, bytes saved, cache, reads, last errors."""
-    facts, silent = [], []
-    for point in mounts_of(mountpoint):
-        try:
-            facts.append(ask_daemon(point, "status"))
-        except HydraError as error:
-            if mountpoint is not None:
-                raise
-            silent.append(error)
+    answers = ask_daemons(mounts_of(mountpoint), "status")
+    silent = [answer for answer in answers if isinstance(answer, HydraError)]
+    facts = [answer for answer in answers if not isinstance(answer, HydraError)]
     if silent and not facts:
-        raise silent[0]
+        if not as_json:
+            for missing in silent[:-1]:
+                say(line_of_silent(missing))
+        raise silent[-1]
     if as_json:
         print_json(facts[0] if mountpoint is not None else facts)
         return
@@ -40,7 +38,12 @@ def command(mountpoint: str | None, as_json: bool) -> None:
         for line in lines_of(msgspec.convert(one, Status)):
             say(line)
     for missing in silent:
-        say(f"{missing.where}: {missing.what}")
+        say(line_of_silent(missing))
+
+
+def line_of_silent(silent: HydraError) -> str:
+    """What is said of a mount whose daemon does not answer, beside others that do."""
+    return f"{silent.where}: {silent.what}" + (f": {silent.detail}" if silent.detail else "")
 
 
 def lines_of(s: Status) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 import click
 import msgspec
 
-from hydrafs.cli.common import ask_daemon, human, mounts_of, say
-from hydrafs.cli.status import lines_of, rates
+from hydrafs.cli.common import ask_daemons, human, mounts_of, say
+from hydrafs.cli.status import line_of_silent, lines_of, rates
+from hydrafs.errors import HydraError
 from hydrafs.service.status import Status
 
 
@@ -44,8 +45,13 @@ def command(mountpoint: str | None, interval: float, count: int | None) -> None:
 
 def _screen(mountpoint: str | None, before: dict[str, dict[str, Any]]) -> list[str]:
     lines: list[str] = []
-    for point in mounts_of(mountpoint):
-        now = ask_daemon(point, "status")
+    points = mounts_of(mountpoint)
+    for point, now in zip(points, ask_daemons(points, "status"), strict=True):
+        if isinstance(now, HydraError):
+            if len(points) == 1:
+                raise now
+            lines.append(line_of_silent(now))
+            continue
         lines += lines_of(msgspec.convert(now, Status))
         then = before.get(str(point))
         if then and then["pid"] == now["pid"]:

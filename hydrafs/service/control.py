@@ -14,7 +14,9 @@ import logging
 import os
 import socket
 import stat
+import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,13 +24,16 @@ from typing import Any
 import msgspec
 
 from hydrafs.errors import Denied, HydraError, MountFailed, NotFound, UsageError
+from hydrafs.mountpoints import how_to_end, our_mounts
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_NBYTES = 64 << 10
 MAX_ANSWER_NBYTES = 16 << 20
 _CLIENT_SECONDS = 5.0
-_ANSWER_SECONDS = 60.0
+_SEND_SECONDS = 60.0
+ANSWER_SECONDS = 3.0
+"""How long a command waits for a daemon: nothing that can be asked takes longer."""
 
 Action = Callable[[dict[str, Any]], Any]
 """Takes a request, gives what can be written as JSON."""
@@ -102,7 +107,7 @@ class Server:
             try:
                 client.settimeout(_CLIENT_SECONDS)
                 line = _line(client, MAX_REQUEST_NBYTES)
-                client.settimeout(_ANSWER_SECONDS)
+                client.settimeout(_SEND_SECONDS)
                 client.sendall(_encoded(self._answer(line)))
             except OSError as error:
                 log.debug("a client of the control socket went away: %s", error)
@@ -141,9 +146,11 @@ def _encoded(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _line(connection: socket.socket, limit: int) -> bytes:
+def _line(connection: socket.socket, limit: int, deadline: float = float("inf")) -> bytes:
     data = b""
     while not data.endswith(b"\n"):
+        if deadline != float("inf"):
+            connection.settimeout(max(0.001, deadline - time.monotonic()))
         block = connection.recv(64 << 10)
         if not block:
             break
@@ -153,34 +160,86 @@ def _line(connection: socket.socket, limit: int) -> bytes:
     return data
 
 
+def _connected(path: Path, seconds: float) -> tuple[socket.socket, int]:
+    """A connection to the socket at ``path``, and the process that listens there.
+
+    Raises:
+        OSError: nobody listens, or it is another user's.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        connection.settimeout(seconds)
+        connection.connect(os.fspath(path))
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return connection, struct.unpack("3i", credentials)[0]
+    except BaseException:
+        connection.close()
+        raise
+
+
+def daemon_of(folders: Sequence[Path], mountpoint: Path) -> int:
+    """The process that serves the mount at ``mountpoint`` (resolved), whether it answers or not; 0 where nobody can
+    tell."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            connection, pid = _connected(folder / socket_name(mountpoint), ANSWER_SECONDS)
+            connection.close()
+            return pid
+    return 0
+
+
+def does_not_answer(mountpoint: Path, pid: int, detail: str = "") -> MountFailed:
+    """The error that says of a daemon that it does not answer, in what state it is, and what to do."""
+    state = ""
+    with contextlib.suppress(OSError, IndexError):
+        # "pid (name) state ..."
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""
+    who = f"process {pid}" if pid else "its process"
+    remedies = [f"kill -CONT {pid} lets it go on"] if state in ("T", "t") else []
+    mount = next((mount for mount in our_mounts() if mount.mountpoint == mountpoint), None)
+    remedies.append(how_to_end(mount) if mount is not None else f"hydrafs umount --lazy {mountpoint} takes it down")
+    return MountFailed(
+        "the daemon does not answer",
+        where=mountpoint,
+        detail=f"{who} {_STATES.get(state, '') or detail or 'says nothing'}",
+        remedy="; ".join(remedies),
+    )
+
+
+_STATES = {
+    "T": "is stopped", "t": "is being debugged", "D": "waits for a disk or a server that does not answer",
+    "Z": "has ended", "X": "has ended",
+}  # fmt: skip
+
+
 def ask(folders: Sequence[Path], mountpoint: Path, do: str, **request: Any) -> Any:
-    """Ask the daemon of the mount at ``mountpoint`` (resolved); its answer.
+    """Ask the daemon of the mount at ``mountpoint`` (resolved); its answer, within ``ANSWER_SECONDS``.
 
     Raises:
         NotFound: no daemon listens for it.
         Denied: the socket is another user's.
+        MountFailed: it does not answer; the message names its process.
         UsageError: it refused, and why.
     """
-    name = socket_name(mountpoint)
     denied: Path | None = None
+    deadline = time.monotonic() + ANSWER_SECONDS
     for folder in folders:
-        path = folder / name
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        with connection:
-            try:
-                connection.settimeout(_ANSWER_SECONDS)
-                connection.connect(os.fspath(path))
+        path, pid = folder / socket_name(mountpoint), 0
+        try:
+            connection, pid = _connected(path, ANSWER_SECONDS)
+            with connection:
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
                 connection.sendall(_encoded({"do": do, **request}))
-                answer = dict(json.loads(_line(connection, MAX_ANSWER_NBYTES)))
-            except PermissionError:
-                denied = path
-                continue
-            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-                continue
-            except (OSError, ValueError, TypeError, RecursionError) as error:
-                raise MountFailed(
-                    "the daemon does not answer", where=mountpoint, detail=str(error), remedy="see its log"
-                ) from None
+                answer = dict(json.loads(_line(connection, MAX_ANSWER_NBYTES, deadline)))
+        except PermissionError:
+            denied = path
+            continue
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            continue
+        except TimeoutError:
+            raise does_not_answer(mountpoint, pid, f"says nothing for {ANSWER_SECONDS:g} s") from None
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise does_not_answer(mountpoint, pid, f"said nothing that can be understood: {error}") from None
         if "error" in answer:
             raise UsageError("the daemon refused", where=mountpoint, detail=str(answer["error"]))
         return answer.get("ok")
