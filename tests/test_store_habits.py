@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -229,3 +230,59 @@ def test_fstat_of_a_folder_that_was_removed(copied: Copied, mounted: Mounted) ->
         assert caught.value.errno in (errno.ENOENT, errno.ESTALE)
     finally:
         os.close(fd)
+
+
+def test_many_writers_that_wait_for_the_lock_leave_the_readers_alone(copied: Copied, mounted: Mounted) -> None:
+    """A stopped command has the store's lock; more programs wait for it than libfuse once had threads."""
+    store = copied("base.safetensors", "half.safetensors", "tuned.safetensors")
+    live = mounted(store)
+    live.may_log("another process is changing the store")
+    live.may_log("too many programs wait")
+    folders = []
+    for number in range(80):
+        folder = store.root / f"folder{number}"
+        folder.mkdir()
+        (folder / "a.safetensors").write_bytes(b"a" * 100_000)
+        folders.append(live.path / folder.name)
+    code = (
+        "import fcntl, sys, time\n"
+        "file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); time.sleep(600)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, store.root / ".hydrafs" / "lock"], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        answers: list[int] = []
+
+        def remove(folder: Path) -> None:
+            try:
+                os.unlink(folder / "a.safetensors")
+            except OSError as error:
+                answers.append(error.errno or 0)
+            else:
+                answers.append(0)
+
+        threads = [threading.Thread(target=remove, args=(folder,)) for folder in folders]
+        for thread in threads:
+            thread.start()
+        while_waiting = 0
+        while len(answers) < len(threads):
+            for name in ("base.safetensors", "half.safetensors", "tuned.safetensors"):
+                began = len(answers)
+                assert sha256_of(live.path / name) == store.originals[name].sha256
+                while_waiting += began < len(threads)
+        for thread in threads:
+            thread.join()
+        assert set(answers) == {errno.EBUSY}
+        assert while_waiting >= 3
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert eventually(lambda: _removed(folders[0] / "a.safetensors"))
+
+
+def _removed(path: Path) -> bool:
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
