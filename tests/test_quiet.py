@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Filled, ModelMaker
+from mounts import Library, Mount, eventually, hydrafs
 from writing_process import HOWS, writing
 
 import hydrafs.dehydrate as dehydrating
@@ -38,6 +39,9 @@ from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import Store
 from hydrafs.temporary import TEMPORARY
 
+pytest_plugins = ["mounting_fixtures"]
+
+Mounted = Callable[..., Mount]
 NO_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.ENOSYS)
 
 
@@ -592,3 +596,89 @@ class TestDehydrating:
         assert not [name for name in left if "hydra" in os.path.basename(name) or "journal" in name], left
         if what == "moved":
             assert (filled.root / "elsewhere" / "tuned.safetensors").read_bytes() == filled.data
+
+
+@pytest.mark.fuse
+class TestMounted:
+    @pytest.mark.parametrize("how", HOWS)
+    def test_a_parent_that_is_written_behind_the_mount_gives_no_wrong_byte(
+        self, filled: Filled, mounted: Mounted, how: str
+    ) -> None:
+        filled.dehydrate()
+        rest(filled.base)
+        place = place_in(filled.base, "frozen.weight") + 3
+        byte = filled.base.read_bytes()[place] ^ 0xFF
+        with writing(filled.base, how) as other:
+            live = mounted(Library(filled.root, {}))
+            live.may_log("may have changed|has changed|does not come out")
+            path = live.path / "tuned.safetensors"
+
+            def read() -> bytes | None:
+                try:
+                    with path.open("rb") as file:
+                        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                        return file.read()
+                except OSError:
+                    return None
+
+            with path.open("rb") as reader:
+                assert read() == filled.data
+                other.write(place, byte)
+                assert read() in (filled.data, None)
+                other.tell("close")
+                os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                with contextlib.suppress(OSError):
+                    assert reader.read() == filled.data
+            assert read() in (filled.data, None)
+
+    @pytest.mark.parametrize("how", HOWS)
+    def test_a_base_that_is_written_through_the_mount(self, filled: Filled, mounted: Mounted, how: str) -> None:
+        """It is no parent, or it is one as it was: what a program wrote to a mapping may not have left the kernel."""
+        live = mounted(Library(filled.root, {}))
+        base = filled.base.read_bytes()
+        place = place_in(filled.base, "frozen.weight") + 3
+        with writing(live.path / "base.safetensors", how) as other:
+            other.write(9, base[9])
+            done = hydrafs("dehydrate", filled.tuned, "--base", filled.base)
+            if how in ("descriptor", "append"):
+                assert (done.returncode, "base.safetensors" in done.stderr) == (Changing.exit_code, True), done.stderr
+            if done.returncode:
+                stands_whole(filled)
+            other.write(place, base[place] ^ 0xFF)
+            other.tell("close")
+        if done.returncode:
+            assert eventually(lambda: hydrafs("dehydrate", filled.tuned, "--base", filled.base).returncode == 0)
+        written = bytearray(base)
+        written[place] ^= 0xFF
+        assert eventually(lambda: (live.path / "base.safetensors").read_bytes() == written)
+        assert (live.path / "tuned.safetensors").read_bytes() == filled.data
+        live.down()
+        assert filled.base.read_bytes() == written
+        assert read_or_fail(filled.root) == filled.data
+
+    def test_who_opens_a_parent_that_is_being_read_is_not_held_up(self, filled: Filled, mounted: Mounted) -> None:
+        filled.dehydrate()
+        live = mounted(Library(filled.root, {}))
+        with (live.path / "tuned.safetensors").open("rb") as reader:
+            assert reader.read() == filled.data
+            begun = time.monotonic()
+            with writing(filled.base, "descriptor"):
+                pass
+            assert time.monotonic() - begun < 30  # the kernel's own patience is 45 seconds
+            assert reader.seek(0) == 0
+            assert reader.read() == filled.data
+
+    def test_a_folder_is_removed_while_its_model_is_dehydrated(
+        self, filled: Filled, mounted: Mounted, models: ModelMaker
+    ) -> None:
+        live = mounted(Library(filled.root, {}), "--dehydrate", "auto", "--settle", "0", "--min-size", "1k")
+        live.may_log("went away|changed|no such")
+        for number in range(6):
+            folder = live.path / f"run{number}"
+            models.save(folder / "model.safetensors", models.tuned("fp16"))
+            deadline = time.monotonic() + 0.15 * number
+            while time.monotonic() < deadline:
+                time.sleep(0.01)
+            shutil.rmtree(folder)
+            assert not folder.exists()
+            assert not (filled.root / folder.name).exists()
