@@ -151,6 +151,7 @@ class Copies:
     def __init__(self, scratch: Path) -> None:
         self.scratch, self.root, self.template = scratch, scratch / "store", scratch / "template"
         self.told = os.memfd_create("told")
+        self.earlier: Contents | None = None
 
     def keep(self, name: str) -> None:
         """From now on ``fresh`` gives what the store is now."""
@@ -296,6 +297,8 @@ class Judge:
     before: Contents
     after: Contents
     doubles: set[str] = field(default_factory=set)
+    earlier: Contents | None = None
+    """What was before the kill that a start comes after: it may undo as well as go on."""
     known: dict[bytes, list[str]] = field(default_factory=dict)
 
     def look(self, code: int) -> list[str]:
@@ -317,7 +320,10 @@ class Judge:
                         tending.hold_parents(store)
                         tending.collect(store)
                     now = contents(store)
-                    if found := lost(now, self.before, self.after):
+                    found = lost(now, self.before, self.after)
+                    if found and self.earlier is not None:
+                        found = lost(now, self.earlier, self.after)
+                    if found:
                         return [f"{when}: {f}" for f in found]
                     if code == 0 and now != self.after and not self._is_loose():
                         return [f"{when}: it said that it was done, and it was not"]
@@ -334,7 +340,8 @@ class Judge:
         return (
             self.scenario in MANY
             or self.scenario in FAULTS_ONLY
-            or self.scenario in ("overwrite a base", "truncate a base")  # what is asked before, and not that itself
+            # What is asked before, and not that itself; and what tells in its outcome that it was not done.
+            or self.scenario in ("overwrite a base", "truncate a base", "dehydrate elsewhere")
             or self.scenario.startswith((AT_START, "collect"))
         )
 
@@ -417,7 +424,7 @@ HEADER = "{:<52} {:>7} {:>10} {:>8} {:>6} {:>6} {:>6} {:>6} {:>7}".format(
 
 def stages(copies: Copies, scenario: str) -> Iterator[str]:
     """Make the store what it is before the change; several times where there are several such stores."""
-    copies.template = copies.scratch / "template"
+    copies.template, copies.earlier = copies.scratch / "template", None
     copies.fresh()
     if not scenario.startswith(AT_START):
         with contextlib.closing(Store(copies.root)) as store:
@@ -434,6 +441,7 @@ def stages(copies: Copies, scenario: str) -> Iterator[str]:
     killed = scenario.removeprefix(AT_START)
     with contextlib.closing(Store(copies.root)) as store:
         scenarios.prepare(store, killed)
+        copies.earlier = contents(store)
     copies.keep("prepared")
     prepared = copies.template
     State.mode, State.kinds = "kill", frozenset(watched.CHANGES)
@@ -505,7 +513,7 @@ def _try_stage(copies: Copies, stage: str, scenario: str, sample: int, chance: r
     ]
     if sample and sample < len(every):
         every = sorted(chance.sample(every, sample))
-    judge = Judge(copies, scenario, before, after, doubles | doubles_after)
+    judge = Judge(copies, scenario, before, after, doubles | doubles_after, copies.earlier)
     for State.count, State.mode, State.error in every:
         copies.fresh()
         run = copies.run(lambda store: change(store, scenario, before))
