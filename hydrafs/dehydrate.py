@@ -328,7 +328,11 @@ def _commit(
             remember()
             return False
         with Original.of(store, model, target, temporary, source.stat) as original:
-            temporary.commit(target, replace=replace)
+            try:
+                temporary.commit(target, replace=replace)
+            except BaseException:
+                original.give_up()  # it may have its name by now
+                raise
             remember()
             try:
                 removed = may_go(source, opened) and original.go(check, last)

@@ -135,8 +135,13 @@ class Original:
                 entry.end()
 
     def give_up(self) -> None:
-        """The original stays: nobody wants the diff behind it."""
-        if not self.had_diff and self.entry.is_at("diff", self.diff):
+        """The original stays: nobody wants the diff behind it. Where it does not stand under its name, or nobody can
+        tell, the diff is all that the model has, or the next start decides."""
+        try:
+            stands = lstat(self.model) is not None
+        except OSError:
+            return
+        if stands and not self.had_diff and self.entry.is_at("diff", self.diff):
             _take_back(self.store, self.entry)
 
     def go(self, check: Callable[[], None], last: Callable[[], None]) -> bool:
@@ -169,7 +174,9 @@ class Original:
             for _ in range(2):
                 with contextlib.suppress(OSError):
                     self.aside.unlink(missing_ok=True)
-            fsync_folder(self.model.parent)
+            # It is gone, whatever the folder says: a power cut would bring back a name that a start looks into.
+            with contextlib.suppress(OSError):
+                fsync_folder(self.model.parent)
             return True
         except HydraError:
             return False

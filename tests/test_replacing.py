@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from test_keeping import read_model
 
 from hydrafs import tending
 from hydrafs.dehydrate import Options, dehydrate
-from hydrafs.errors import Changing
+from hydrafs.errors import Changing, HydraError
 from hydrafs.restore import rehydrate
 from hydrafs.store import Store
 
@@ -230,3 +231,53 @@ def test_a_pin_of_another_process_is_seen(scene: Scene, store: Path) -> None:
         other.pin(["tuned.safetensors"])
     assert scene.store.is_pinned(scene.tuned)
     assert scene.store.pins_in(scene.root / "tuned.safetensors") == ["tuned.safetensors"]
+
+
+class TestTheFolderCannotBeSynced:
+    """The last call of a dehydration fails, when the original is gone already, or the diff has its name already."""
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EPERM])
+    @pytest.mark.parametrize("options", [Options(), Options(all_or_nothing=True)], ids=["by hand", "all or nothing"])
+    def test_after_the_original_went(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch, options: Options, number: int
+    ) -> None:
+        monkeypatch.setattr("hydrafs.replacing.fsync_folder", _fails(number))
+        assert dehydrate(scene.store, scene.tuned, options).original_removed
+        assert read_model(scene.store, "tuned.safetensors") == scene.data
+
+    @pytest.mark.parametrize("options", [Options(), Options(all_or_nothing=True)], ids=["by hand", "all or nothing"])
+    def test_after_the_diff_has_its_name(self, scene: Scene, monkeypatch: pytest.MonkeyPatch, options: Options) -> None:
+        def fails_in_the_store(folder: Path) -> None:
+            if folder == scene.root:
+                _fails(errno.EIO)(folder)
+
+        monkeypatch.setattr("hydrafs.temporary.fsync_folder", fails_in_the_store)
+        with pytest.raises(HydraError, match="Input/output error"):
+            dehydrate(scene.store, scene.tuned, options)
+        assert scene.tuned.read_bytes() == scene.data
+        assert not scene.diff.exists()
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+    def test_the_original_cannot_be_brought_back(
+        self, scene: Scene, monkeypatch: pytest.MonkeyPatch, number: int
+    ) -> None:
+        """Neither its name nor the diff's goes for nothing."""
+
+        def changed(*args: object) -> bool:
+            monkeypatch.setattr("hydrafs.replacing.os.link", _fails(number))
+            monkeypatch.setattr("hydrafs.replacing.Path.rename", _fails(number))
+            return False
+
+        monkeypatch.setattr("hydrafs.replacing._is_unchanged", changed)
+        with pytest.raises(HydraError):
+            dehydrate(scene.store, scene.tuned, Options(all_or_nothing=True))
+        monkeypatch.undo()
+        tending.start(scene.store)
+        assert read_model(scene.store, "tuned.safetensors") == scene.data
+
+
+def _fails(number: int) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
