@@ -84,7 +84,11 @@ class PlainFile:
 
     def __init__(self, path: str, fd: int, flags: int) -> None:
         self.path, self.fd, self.flags = path, fd, flags
-        self.stat = os.fstat(fd)
+        try:
+            self.stat = os.fstat(fd)
+        except BaseException:
+            os.close(fd)  # it is this file's from here on
+            raise
 
     @classmethod
     def open(cls, path: str, flags: int) -> PlainFile:

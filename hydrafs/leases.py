@@ -215,8 +215,12 @@ class Quiet:
         self.was_broken = False
         """Whether somebody could write to it at any moment since this was made."""
         self.writers = self._take(look)
-        if self.writers is Writers.NOBODY and not is_unchanged(stat, os.fstat(fd)):
-            self.writers = Writers.SOMEBODY
+        try:
+            if self.writers is Writers.NOBODY and not is_unchanged(stat, os.fstat(fd)):
+                self.writers = Writers.SOMEBODY
+        except BaseException:
+            self.close()  # the lease has a descriptor of its own
+            raise
         self.was_broken = self.writers is Writers.SOMEBODY
 
     @property

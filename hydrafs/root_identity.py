@@ -68,8 +68,12 @@ class RootIdentity:
         self._is_fixed = is_covered(root)
         self._lock = threading.Lock()
         self._folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._known = _numbers(os.fstat(self._folder))
-        self.mark = read_mark(private)
+        try:
+            self._known = _numbers(os.fstat(self._folder))
+            self.mark = read_mark(private)
+        except BaseException:
+            os.close(self._folder)
+            raise
         """The store's mark, or empty; ``mark_now`` reads it again."""
         self.trouble = ""
         """Why the store is not there; empty where it was at the last look."""

@@ -193,10 +193,18 @@ class Store:
         self._begun = False
         self._beginning = threading.Lock()
         self._pins_of = (0, 0)
-        self.catalog = Catalog(self._catalog_path(looks=True), read_only=True)
-        self._configure()
-        if create or (not looks and self.private.is_dir()):
-            self.begin()
+        try:
+            self.catalog = Catalog(self._catalog_path(looks=True), read_only=True)
+        except BaseException:
+            self.identity.close()
+            raise
+        try:
+            self._configure()
+            if create or (not looks and self.private.is_dir()):
+                self.begin()
+        except BaseException:
+            self.close()
+            raise
 
     def begin(self) -> None:
         """Act on the store from now on: make its ``.hydrafs`` where there is none, and keep what is known in the

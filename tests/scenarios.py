@@ -114,9 +114,8 @@ def mounted(store: Store) -> Iterator[WritableTree]:
 
 
 def write(tree: WritableTree, name: str, flags: int, data: bytes) -> None:
-    file = tree.open(f"/{name}.safetensors", flags)
-    file.pwrite(0, memoryview(data))
-    file.close()
+    with contextlib.closing(tree.open(f"/{name}.safetensors", flags)) as file:
+        file.pwrite(0, memoryview(data))
 
 
 def merge(store: Store, a: Path, b: Path, target: Path) -> None:
@@ -209,9 +208,8 @@ def through_a_mount(tree: WritableTree, scenario: str) -> None:
         for name in sorted(entry.name for entry in tree.readdir("/")):
             tree.unlink(f"/{name}")
     elif scenario == "save over a model":
-        file = tree.create("/tuned0.safetensors.tmp", os.O_RDWR, 0o600)
-        file.pwrite(0, memoryview(b"new"))
-        file.close()
+        with contextlib.closing(tree.create("/tuned0.safetensors.tmp", os.O_RDWR, 0o600)) as file:
+            file.pwrite(0, memoryview(b"new"))
         tree.rename("/tuned0.safetensors.tmp", "/tuned0.safetensors")
     else:
         raise ValueError(scenario)

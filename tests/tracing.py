@@ -326,7 +326,8 @@ def try_all(copies: Copies, name: str, sample: int, chance: random.Random) -> Co
         if run.hangs:
             count.other += 1
             said.append("it hangs")
-        if "Traceback" in text and "ModuleNotFoundError" not in text:
+        # A worker of a mount that cannot begin says so and is started again; a module that was not found is our doing.
+        if "Traceback" in text and not re.search(r"^\s*(hydrafs\.errors\.|ModuleNotFoundError)", text, re.MULTILINE):
             count.other += 1
             said.append(text[-1500:])
         if found := judge.look(1 if "KILL" in inject else run.code):

@@ -299,6 +299,8 @@ def _watched_scandir(path: Any = ".") -> Any:
 
 
 def _watched_connect(*args: Any, **kwargs: Any) -> Any:
+    if args[0] == ":memory:":
+        return _connect(*args, **kwargs)
     return _act("sqlite", "connect", _connect, args, {"factory": _Connection, **kwargs})
 
 
