@@ -48,8 +48,8 @@ from hydrafs.temporary import TemporaryFile, fsync_folder
 from hydrafs.walk import Trouble
 
 __all__ = [
-    "Aside", "KeptLinks", "NeedsCopy", "before_overwrite", "carried", "copy_among_retired", "diff_of", "drop", "hold",
-    "is_parent", "is_proven", "is_regular", "keep", "keep_to_overwrite", "let_go", "links_of", "lstat",
+    "Aside", "KeptLinks", "NeedsCopy", "Removal", "before_overwrite", "carried", "copy_among_retired", "diff_of",
+    "drop", "hold", "is_parent", "is_proven", "is_regular", "keep", "keep_to_overwrite", "let_go", "links_of", "lstat",
     "needed_as", "place_of",
     "remember", "remember_locked", "remove_diff", "remove_model", "standing", "unhashed", "with_copies",
 ]  # fmt: skip
@@ -321,7 +321,17 @@ def is_regular(stat: os.stat_result | None) -> bool:
     return stat is not None and stat_module.S_ISREG(stat.st_mode)
 
 
-def drop(store: Store, path: Path, *, is_diff: bool, aside: Aside | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What became of a file whose name was taken away. ``is_retired``: it is kept, for the listed models ``dependents``
+    and those that are kept themselves; ``doubts``: why it is not known whether anybody needs it."""
+
+    is_retired: bool = False
+    dependents: tuple[str, ...] = ()
+    doubts: tuple[Trouble, ...] = ()
+
+
+def drop(store: Store, path: Path, *, is_diff: bool, aside: Aside | None = None) -> Removal:
     """Take a file's name away; it is retired where others need it, or may. The store's lock is held.
 
     Raises:
@@ -331,18 +341,20 @@ def drop(store: Store, path: Path, *, is_diff: bool, aside: Aside | None = None)
     stat = os.lstat(path)
     if not stat_module.S_ISREG(stat.st_mode):
         os.unlink(path)
-        return
+        return Removal()
     verdict = _judged(store, path, is_diff=is_diff)
     if verdict.keeps:
         if aside is not None:
             aside(store, path, stays=True)
         _tell_doubt(store, path, verdict)
         _retire(store, path, verdict.sha256, is_diff=is_diff, move=True)
-        return
+        need = verdict.found.needs.get(verdict.sha256) if verdict.found and verdict.sha256 else None
+        return Removal(True, tuple(dict.fromkeys(need.dependents)) if need else (), verdict.doubts)
     if aside is None or not aside(store, path, stays=False):
         os.unlink(path)
     if stat.st_nlink > 1:
         let_go(store, stat, verdict.found or census(store))
+    return Removal()
 
 
 def keep(store: Store, path: Path, *, is_diff: bool, aside: Aside | None = None) -> Census | None:
@@ -375,7 +387,7 @@ def remove_diff(store: Store, path: Path) -> None:
     with_copies(store, change)
 
 
-def remove_model(store: Store, path: Path, *, protect: bool | None = None, aside: Aside | None = None) -> None:
+def remove_model(store: Store, path: Path, *, protect: bool | None = None, aside: Aside | None = None) -> Removal:
     """Take a listed name away, as unlink(2) does: the plain file or the diff, and a diff that hides behind the file.
 
     Args:
@@ -383,12 +395,15 @@ def remove_model(store: Store, path: Path, *, protect: bool | None = None, aside
         protect: whether a dehydrated model is refused (default: the store's policy).
         aside: where what goes can be had back from for a while: ``hydrafs.trash.put``.
 
+    Returns:
+        What became of what was listed.
+
     Raises:
         OSError: as unlink(2).
         Protected: the policy forbids it.
     """
 
-    def change() -> None:
+    def change() -> Removal:
         plain, diff = standing(path)
         if plain is None and diff is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
@@ -397,11 +412,12 @@ def remove_model(store: Store, path: Path, *, protect: bool | None = None, aside
         if plain is None and (store.protect if protect is None else protect):
             raise Protected("a dehydrated model may not be removed", where=path)
         if diff is not None:  # the hidden one first: nobody sees it go
-            drop(store, diff_of(path), is_diff=True, aside=aside)
+            removal = drop(store, diff_of(path), is_diff=True, aside=aside)
         if plain is not None:
-            drop(store, path, is_diff=False, aside=aside)
+            removal = drop(store, path, is_diff=False, aside=aside)
+        return removal
 
-    with_copies(store, change)
+    return with_copies(store, change)
 
 
 def before_overwrite(store: Store, path: Path, *, truncate: bool = False, aside: Aside | None = None) -> None:
