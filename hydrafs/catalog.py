@@ -87,11 +87,6 @@ def signed64(number: int) -> int:
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _key(path: Path) -> bytes:
-    """A file of a covered store has the name that it has when nothing covers it."""
-    return os.fsencode(named(path))
-
-
 def _tables() -> list[tuple[str, tuple[str, ...], tuple[str, ...], str]]:
     """The tables of a catalog: name, columns, primary key, and how it is made."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as database:
@@ -132,11 +127,15 @@ def _views(database: sqlite3.Connection) -> str:
 class Catalog:
     """Facts about files, by absolute path. Thread safety: any number of threads; processes share one file.
 
+    Files in ``root`` are known by their paths in it, so that a store that is moved keeps what is known, and one that is
+    copied knows nothing of the other's files.
+
     Without a path, or where the path cannot be written, the facts live in memory as long as the catalog does. With
     ``read_only`` they do too, in front of those of the file, which is not touched until ``keep_in`` is called.
     """
 
-    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False, root: Path | None = None) -> None:
+        self._root = root
         self._lock = threading.Lock()
         self._learnt = ""
         self._database = None
@@ -166,6 +165,8 @@ class Catalog:
                     raise sqlite3.DatabaseError(f"catalog of version {version}")
                 database.execute("SELECT path, size, tensors FROM files LIMIT 1").fetchone()
                 database.execute("SELECT path, size, record FROM diffs LIMIT 1").fetchone()
+                with contextlib.suppress(sqlite3.OperationalError):  # another process is at it
+                    self._make_relative(database)
                 return database
             except sqlite3.OperationalError as error:
                 # Two processes that make it at once: the loser finds the tables there and only has to look again.
@@ -224,6 +225,27 @@ class Catalog:
                     kept.executemany(f"INSERT OR REPLACE INTO {table} ({names}) VALUES ({marks})", rows)
             looked.close()
 
+    def _key(self, path: Path) -> bytes:
+        """A file of a covered store has the name that it has when nothing covers it; one in the store, that in it."""
+        name = named(path)
+        home = named(self._root) if self._root is not None else ""
+        if home and name.startswith(f"{home.rstrip('/')}/"):
+            name = name[len(home.rstrip("/")) + 1 :]
+        return os.fsencode(name)
+
+    def _make_relative(self, database: sqlite3.Connection) -> None:
+        """A catalog of before knows the files of the store by absolute paths."""
+        if self._root is None:
+            return
+        home = os.fsencode(named(self._root).rstrip("/"))
+        between = (home + b"/", home + b"0")  # what follows the slash
+        for table in ("files", "diffs", "directories"):
+            if database.execute(f"SELECT 1 FROM {table} WHERE path >= ? AND path < ? LIMIT 1", between).fetchone():
+                database.execute(
+                    f"UPDATE OR REPLACE {table} SET path = substr(path, ?) WHERE path >= ? AND path < ?",
+                    (len(home) + 2, *between),
+                )
+
     @contextlib.contextmanager
     def _cursor(self) -> Iterator[sqlite3.Connection]:
         assert self._database is not None
@@ -244,7 +266,7 @@ class Catalog:
 
     def sha256(self, path: Path, identity: FileIdentity) -> bytes | None:
         """The SHA-256 of the file, if it is known for this identity, under this path or under another link to it."""
-        key = (_key(path), *self._identity(identity))
+        key = (self._key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
             row = database.execute(
@@ -260,7 +282,7 @@ class Catalog:
 
     def facts(self, path: Path, identity: FileIdentity) -> ModelFacts | None:
         """The tensors of the model, if they are known for this identity."""
-        key = (_key(path), *self._identity(identity))
+        key = (self._key(path), *self._identity(identity))
         row = None
         with self._cursor() as database:
             row = database.execute(f"SELECT tensors FROM files WHERE {self._WHERE}", key).fetchone()
@@ -276,7 +298,7 @@ class Catalog:
         self._remember(path, identity, "tensors", msgspec.msgpack.encode(facts))
 
     def _remember(self, path: Path, identity: FileIdentity, column: str, value: bytes) -> None:
-        key = _key(path)
+        key = self._key(path)
         parts = self._identity(identity)
         with self._cursor() as database:
             known = database.execute(f"SELECT 1 FROM files WHERE {self._WHERE}", (key, *parts)).fetchone()
@@ -295,7 +317,7 @@ class Catalog:
             database.execute(
                 "INSERT OR REPLACE INTO files (path, size, mtime_ns, ctime_ns, inode, device, sha256, tensors) "
                 f"SELECT ?, ?, ?, ?, ?, ?, sha256, tensors FROM files WHERE {self._WHERE}",
-                (_key(new), *self._identity(after), _key(old), *self._identity(before)),
+                (self._key(new), *self._identity(after), self._key(old), *self._identity(before)),
             )
 
     def diff(self, path: Path, identity: FileIdentity) -> DiffRecord | None:
@@ -303,7 +325,7 @@ class Catalog:
         row = None
         with self._cursor() as database:
             row = database.execute(
-                f"SELECT record FROM diffs WHERE {self._WHERE}", (_key(path), *self._identity(identity))
+                f"SELECT record FROM diffs WHERE {self._WHERE}", (self._key(path), *self._identity(identity))
             ).fetchone()
         if not row or not isinstance(row[0], bytes):
             return None
@@ -317,7 +339,7 @@ class Catalog:
         with self._cursor() as database:
             database.execute(
                 "INSERT OR REPLACE INTO diffs VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (_key(path), *self._identity(identity), msgspec.msgpack.encode(record)),
+                (self._key(path), *self._identity(identity), msgspec.msgpack.encode(record)),
             )
 
     def hashes(self, sha256: bytes) -> dict[str, bytes]:
@@ -357,19 +379,27 @@ class Catalog:
         rows: list[tuple[bytes]] = []
         with self._cursor() as database:
             rows = database.execute("SELECT path FROM files WHERE sha256 = ?", (sha256,)).fetchall()
-        return [Path(reached(os.fsdecode(row[0]))) for row in rows if isinstance(row[0], bytes)]
+        return [self._place(row[0]) for row in rows if isinstance(row[0], bytes)]
+
+    def _place(self, key: bytes) -> Path:
+        text = os.fsdecode(key)
+        return Path(reached(text)) if text.startswith("/") or self._root is None else self._root / text
 
     def directory(self, path: Path) -> tuple[int, int] | None:
         """The membership digest of a listed folder and the mtime_ns it was shown with."""
         row = None
         with self._cursor() as database:
-            row = database.execute("SELECT members, mtime_ns FROM directories WHERE path = ?", (_key(path),)).fetchone()
+            row = database.execute(
+                "SELECT members, mtime_ns FROM directories WHERE path = ?", (self._key(path),)
+            ).fetchone()
         return (row[0], row[1]) if row and isinstance(row[0], int) and isinstance(row[1], int) else None
 
     def remember_directory(self, path: Path, members: int, mtime_ns: int) -> None:
         """Keep the mtime_ns that a folder is shown with as long as its membership digest (63 bits) is this."""
         with self._cursor() as database:
-            database.execute("INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (_key(path), members, mtime_ns))
+            database.execute(
+                "INSERT OR REPLACE INTO directories VALUES (?, ?, ?)", (self._key(path), members, mtime_ns)
+            )
 
     def close(self) -> None:
         """Close the database. No other call may be running."""

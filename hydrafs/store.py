@@ -194,7 +194,7 @@ class Store:
         self._beginning = threading.Lock()
         self._pins_of = (0, 0)
         try:
-            self.catalog = Catalog(self._catalog_path(looks=True), read_only=True)
+            self.catalog = Catalog(self._catalog_path(looks=True), read_only=True, root=self.root)
         except BaseException:
             self.identity.close()
             raise

@@ -107,10 +107,10 @@ def test_commands_find_the_covered_store(
     done = hydrafs("rehydrate", store.root / "new.safetensors", "--output", store.root.parent / "out.safetensors")
     assert done.returncode == 0, done.stderr
     assert sha256_of(store.root.parent / "out.safetensors") == digest
-    # What the commands and the daemon found out is kept, by the names that the files have when nothing covers them.
+    # What the commands and the daemon found out is kept, by the names that the files have in the store.
     (catalog,) = (cache / "hydrafs").glob("*.sqlite")
     rows = sqlite3.connect(catalog).execute("SELECT path FROM files").fetchall()
-    assert os.fsencode(store.root / "base.safetensors") in {row[0] for row in rows}
+    assert b"base.safetensors" in {row[0] for row in rows}
     assert not [row for row in rows if row[0].startswith(b"/proc")]
     live.down()
     assert (store.root / "new.safetensors.hydra").exists()

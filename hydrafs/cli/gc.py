@@ -7,10 +7,9 @@ import contextlib
 import click
 
 from hydrafs import tending
-from hydrafs.cli.common import default_jobs, human, jobs_option, json_option, print_json, real_path, say
+from hydrafs.cli.common import default_jobs, human, jobs_option, json_option, open_store, print_json, say
 from hydrafs.dehydrate import Options
 from hydrafs.retained import aside_files
-from hydrafs.store import Store
 
 
 @click.command("gc", short_help="Remove retired models that nobody needs any more.")
@@ -27,7 +26,7 @@ def command(store: str, dry_run: bool, rehome: bool, jobs: int | None, as_json: 
     watch, do all of this by themselves. Exit code 1 where a folder cannot be listed or a diff not be read: nobody knows
     what is needed, and nothing is removed.
     """
-    with contextlib.closing(Store(real_path(store), looks=dry_run)) as opened:
+    with contextlib.closing(open_store(store)) as opened:
         dry_run = dry_run or not opened.private.is_dir()  # what is no store is not made one to find nothing in it
         if not dry_run:
             tending.start(opened)
