@@ -42,8 +42,8 @@ _COMPARED_NBYTES = 4 << 20
 
 
 def merge(a: Model, b: Model, alpha: float, *, half: bool = False, keys: str = "auto") -> Recipe:
-    """``alpha*A + (1-alpha)*B`` as the seed tool's ``ckpt_merge``: tensors with "model" in their names that both have;
-    A's others as they are; those of B alone appended. ``half``: F32 results are stored as F16, as in A1111.
+    """``alpha*A + (1-alpha)*B`` as the seed tool's ``ckpt_merge``: tensors that take part (``takes_part_of``) and that
+    both have; A's others as they are; those of B alone appended. ``half``: F32 results are stored as F16, as in A1111.
 
     Raises:
         UsageError: shapes that do not fit, or nothing that both have.
@@ -55,10 +55,10 @@ def merge(a: Model, b: Model, alpha: float, *, half: bool = False, keys: str = "
     for name, first in a.views.items():
         second = b.views.get(name)
         if second is None or not takes_part(name):
-            counts.add(f"of {a.name} as they are", name)
+            counts.stay(f"of {a.name} as they are", name)
             parts.append(copied(0, first, half=half and takes_part(name)))
         elif not can_compute(first, second):
-            counts.add(f"of {a.name} kept, of a type that is not computed with", name, named=True)
+            counts.stay(f"of {a.name} kept, of a type that is not computed with", name)
             parts.append(copied(0, first))
         else:
             counts.add("merged", name)
@@ -72,13 +72,15 @@ def merge(a: Model, b: Model, alpha: float, *, half: bool = False, keys: str = "
         if takes_part(name) and name not in a.views:
             counts.add(f"of {b.name} alone, appended", name)
             parts.append(copied(1, second, half=half))
+        elif name not in a.views:
+            counts.stay(f"of {b.name} alone, left out: they take no part", name)
     tell_strided(models, counts)
     check_some_computed(parts, models)
     told = counts.lines()
     if not 0 <= alpha <= 1:
         told = (f"alpha {alpha:g} is outside 0 to 1", *told)
     summary = f"{alpha:g} x {a.name} + {1 - alpha:g} x {b.name}"
-    return Recipe(models, tuple(parts), summary, told)
+    return Recipe(models, tuple(parts), summary, told, tuple(counts.stayed))
 
 
 def add_difference(a: Model, b: Model, c: Model, alpha: float, *, half: bool = False, keys: str = "auto") -> Recipe:
@@ -95,17 +97,17 @@ def add_difference(a: Model, b: Model, c: Model, alpha: float, *, half: bool = F
     for name, first in a.views.items():
         second, third = b.views.get(name), c.views.get(name)
         if second is None or not takes_part(name) or name == POSITION_IDS:
-            counts.add(f"of {a.name} as they are", name)
+            counts.stay(f"of {a.name} as they are", name)
             parts.append(copied(0, first))
         elif third is None and second.dtype in REAL and can_compute(first) and first.shape == second.shape:
             counts.add(f"with nothing added, not in {c.name}", name, named=True)
             steps = [get(0), get(1), get(1), SUBTRACT, scale(alpha), ADD]
             parts.append(computed("A1111 add difference", steps, name, [(0, first), (1, second)], half))
         elif third is None:
-            counts.add(f"of {a.name} as they are", name)
+            counts.stay(f"of {a.name} as they are", name)
             parts.append(copied(0, first, half=half))
         elif not can_compute(first, second, third):
-            counts.add(f"of {a.name} kept, of a type that is not computed with", name, named=True)
+            counts.stay(f"of {a.name} kept, of a type that is not computed with", name)
             parts.append(copied(0, first))
         else:
             check_shapes(name, second, third, models[1:])
@@ -118,12 +120,15 @@ def add_difference(a: Model, b: Model, c: Model, alpha: float, *, half: bool = F
                 parts.append(patched(Formula("A1111 add difference", tuple(steps)), operands, models, half=half))
             else:
                 parts.append(computed("A1111 add difference", steps, name, operands, half))
+    for name in b.views:
+        if name not in a.views:
+            counts.stay(f"of {b.name} alone, left out", name)
     tell_strided(models, counts)
     check_some_computed(parts, models)
     told = counts.lines()
     if not 0 <= alpha <= 1:
         told = (f"alpha {alpha:g} is outside 0 to 1", *told)
-    return Recipe(models, tuple(parts), f"{a.name} + {alpha:g} x ({b.name} - {c.name})", told)
+    return Recipe(models, tuple(parts), f"{a.name} + {alpha:g} x ({b.name} - {c.name})", told, tuple(counts.stayed))
 
 
 def unmerge(merged: Model, known: Model, alpha: float, *, half: bool = False, keys: str = "auto") -> Recipe:
@@ -141,23 +146,26 @@ def unmerge(merged: Model, known: Model, alpha: float, *, half: bool = False, ke
     for name, first in merged.views.items():
         second = known.views.get(name)
         if second is None or not takes_part(name):
-            counts.add(f"of {merged.name} as they are", name)
+            counts.stay(f"of {merged.name} as they are", name)
             parts.append(copied(0, first, half=half and takes_part(name)))
         elif not can_compute(first, second) or not (first.dtype in REAL or second.dtype in REAL or alpha != 1):
-            counts.add(f"of {merged.name} kept, of a type that is not computed with", name, named=True)
+            counts.stay(f"of {merged.name} kept, of a type that is not computed with", name)
             parts.append(copied(0, first))
         else:
             check_shapes(name, first, second, models)
             counts.add("unmerged", name)
             steps = [get(0), get(1), scale(1 - alpha), SUBTRACT, divide(alpha)]
             parts.append(computed("unmerge", steps, name, [(0, first), (1, second)], half))
+    for name in known.views:
+        if name not in merged.views:
+            counts.stay(f"of {known.name} alone, left out", name)
     tell_strided(models, counts)
     check_some_computed(parts, models)
     told = counts.lines()
     if not 0 <= alpha <= 1:
         told = (f"alpha {alpha:g} is outside 0 to 1", *told)
     summary = f"({merged.name} - {1 - alpha:g} x {known.name}) / {alpha:g}"
-    return Recipe(models, tuple(parts), summary, told)
+    return Recipe(models, tuple(parts), summary, told, tuple(counts.stayed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +211,7 @@ def strength(
         to = None if origin is None else (origin.view if onto is None else onto.find(name))
         if origin is None or to is None or not takes_part(name):
             why = "of no known base" if origin is None else "as they are"
-            counts.add(f"of {model.name} {why if onto is None else 'as they are'}", name)
+            counts.stay(f"of {model.name} {why if onto is None else 'as they are'}", name)
             parts.append(copied(0, view))
             continue
         parent = origin.parent + 1 if onto is None else target
@@ -216,7 +224,7 @@ def strength(
         dtypes = {other.dtype for _, other in operands}
         whole = dtypes <= set(WHOLE)
         if not (whole or dtypes <= set(REAL)) or (whole and plain and (len(dtypes) > 1 or "BOOL" in dtypes)):
-            counts.add(f"of {model.name} kept, of a type that is not computed with", name, named=True)
+            counts.stay(f"of {model.name} kept, of a type that is not computed with", name)
             parts.append(copied(0, view))
             continue
         check_shapes(name, view, origin.view, (model, models[origin.parent + 1]))
@@ -243,7 +251,7 @@ def strength(
     what = f"{model.name} at strength {amount:g}" if onto is None else f"the difference of {model.name} on {onto.name}"
     if onto is not None and not plain:
         what += f" at strength {amount:g}"
-    return Recipe(models, tuple(parts), what, counts.lines())
+    return Recipe(models, tuple(parts), what, counts.lines(), tuple(counts.stayed))
 
 
 Origins = Callable[[str, View], Origin | None]

@@ -22,6 +22,11 @@ from hydrafs.manifest import Operand
 from hydrafs.matching import stripped
 
 _KEY = "model"
+_STABLE_DIFFUSION = (
+    "model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.", "model_ema.",
+    "control_model.",
+)  # fmt: skip
+"""How the names of tensors begin in the checkpoints that the rule of the name was made for: CompVis', Stability's."""
 _MAX_PATCH_NBYTES = 64 << 20
 _Bytes = npt.NDArray[np.uint8]
 
@@ -76,13 +81,17 @@ class Recipe:
     parts: tuple[Part, ...]
     summary: str
     told: tuple[str, ...] = ()
+    stayed: tuple[str, ...] = ()
+    """The tensors that are one model's as they are, though another model has something to add to them, or none has."""
 
 
 def takes_part_of(views: Iterable[str], keys: str) -> Callable[[str], bool]:
-    """Which tensors take part: those with "model" in their name, as in the seed tool and A1111, or all of them."""
+    """Which tensors take part: those with "model" in their name, as in the seed tool and A1111, or all of them. By
+    ``auto`` it is the former where the names are those of Stable Diffusion's checkpoints: of a language model that
+    would leave out its head."""
     if keys not in ("auto", "model", "all"):
         raise UsageError("no such choice of keys", where=keys, remedy="choose auto, model or all")
-    if keys == "all" or (keys == "auto" and not any(_KEY in name for name in views)):
+    if keys == "all" or (keys == "auto" and not any(name.startswith(_STABLE_DIFFUSION) for name in views)):
         return lambda name: True
     return lambda name: _KEY in name
 
@@ -125,6 +134,12 @@ class Counts:
     def __init__(self) -> None:
         self._counts: dict[str, list[str]] = {}
         self._named: set[str] = set()
+        self.stayed: list[str] = []
+
+    def stay(self, what: str, name: str) -> None:
+        """One more that is not computed: nobody is to learn that from the result."""
+        self.add(what, name, named=True)
+        self.stayed.append(name)
 
     def add(self, what: str, name: str, *, named: bool = False) -> None:
         """One more of which ``what`` is said; ``named``: the first few are told by name, for they are exceptions."""

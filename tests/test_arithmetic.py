@@ -139,6 +139,60 @@ def test_merge_of_two_precisions(make: Make, models: ModelMaker, store: Path, dt
     assert_same(make("merge", *paths, "--alpha", 0.3), seed_merge(a, b, 0.3))
 
 
+LANGUAGE = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight")
+"""Names of a language model's tensors: its head has no "model" in it."""
+
+
+class TestWhoTakesPart:
+    """By default no tensor stays as it is because of its name, but where A1111 does so, and never silently."""
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            LANGUAGE,
+            ("model.embed_tokens.weight", "score.weight", "mm_projector.0.weight"),
+            ("transformer.h.0.weight", "lm_head.weight", "visual_model.proj.weight"),
+            ("vision_model.post_layernorm.weight", "visual_projection.weight", "logit_scale_up"),
+            ("model.encoder.embed_positions.weight", "proj_out.weight"),
+        ],
+    )
+    @pytest.mark.parametrize("how", ["merge", "difference", "unmerge", "strength"])
+    def test_models_that_are_no_stable_diffusion(
+        self, run: Run, models: ModelMaker, store: Path, names: tuple[str, ...], how: str
+    ) -> None:
+        torch.manual_seed(3)
+        parts = [{name: torch.randn(24, 48) for name in names} for _ in range(3)]
+        a, b, c = (models.save(store / f"{n}.safetensors", t) for n, t in zip("abc", parts, strict=True))
+        commands = {
+            "merge": ("merge", a, b, "--alpha", 0.25),
+            "difference": ("merge", a, b, "--add-difference", c),
+            "unmerge": ("unmerge", a, b),
+            "strength": ("rehydrate", a, "--base", b, "--strength", 0.5),
+        }
+        facts = good(run(*commands[how], "--json", "--output", store / "made.safetensors")).json
+        made = load(store / "made.safetensors")
+        assert facts["as_they_are"] == []
+        assert set(made) == set(names)
+        assert not [name for name in names if torch.equal(made[name], parts[0][name])]
+
+    def test_what_stays_is_named(self, run: Run, models: ModelMaker, store: Path) -> None:
+        names = ("model.diffusion_model.out.weight", "first_stage_model.x.weight", "alphas_cumprod", "betas")
+        a = models.save(store / "a.safetensors", {name: torch.randn(24, 48) for name in names})
+        b = models.save(store / "b.safetensors", {name: torch.randn(24, 48) for name in (*names, "log_betas")})
+        made = store / "made.safetensors"
+        facts = good(run("merge", a, b, "--json", "--virtual", made)).json
+        assert facts["as_they_are"] == ["alphas_cumprod", "betas", "log_betas"]
+        (store / "made.safetensors.hydra").unlink()
+        out = good(run("merge", a, b, "--virtual", made)).out
+        assert "2 tensors of a.safetensors as they are: alphas_cumprod, betas" in out
+        assert "log_betas" in out
+        (store / "made.safetensors.hydra").unlink()
+        facts = good(run("merge", a, b, "--json", "--keys", "model", "--virtual", made)).json
+        assert facts["as_they_are"] == ["alphas_cumprod", "betas", "log_betas"]
+        (store / "made.safetensors.hydra").unlink()
+        assert good(run("merge", a, b, "--json", "--keys", "all", "--virtual", made)).json["as_they_are"] == []
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unmerge_as_the_seed_tool(make: Make, models: ModelMaker, store: Path, dtype: str) -> None:
     merged, known = sd_like(models.tuned(dtype)), sd_like(models.base(dtype), seed=1)

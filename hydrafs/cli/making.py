@@ -73,7 +73,8 @@ keys_option = click.option(
     type=click.Choice(["auto", "model", "all"]),
     default="auto",
     show_default=True,
-    help="Which tensors take part: those with 'model' in their name, all, or the former where there are any.",
+    help="Which tensors take part: those with 'model' in their name, all, or (auto) the former of Stable Diffusion's "
+    "checkpoints and all of others.",
 )
 half_option = click.option("--half", is_flag=True, help="Store fp32 results as fp16.")
 
@@ -164,6 +165,7 @@ def _tell(made: Made, as_json: bool) -> None:
                 "sha256": made.sha256.hex(),
                 "is": made.recipe.summary,
                 "told": list(made.recipe.told),
+                "as_they_are": list(made.recipe.stayed),
             }
         )
         return

@@ -32,7 +32,8 @@ def command(
 ) -> None:
     """Make alpha*A + (1-alpha)*B.
 
-    Tensors with "model" in their names that both have are merged; A's others stay, and those of B alone are appended.
+    Tensors that both have are merged (of Stable Diffusion's checkpoints those with "model" in their names, as A1111
+    does); A's others stay, and those of B alone are appended. What stays as it is is named.
     With --add-difference C it is A + alpha*(B - C). The result has A's order of tensors, and the container that PATH's
     ending names. --virtual makes it in a few kilobytes: the mount computes it when it is read.
     """
