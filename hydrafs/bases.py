@@ -37,6 +37,7 @@ MAX_PARENTS = 4
 WORTH_A_PARENT_NBYTES = 64 << 10
 """A further parent is something more that must not be lost: it has to predict at least this much."""
 _RESEMBLES = 0.9
+_PIECES = 256
 _DIFF_MUST_BE = 0.75
 _NAMED = 3
 _SAMPLED_TENSORS = 12
@@ -148,6 +149,10 @@ def choose(
     parts = (c for c in plain if any("lora" in t.name for t in c.facts.tensors[:64]))
     everything = (*(c for _, c in sorted(alike, key=lambda item: item[0])), *parts)
     if not scored:
+        pieces = [c for share, c in sorted(covered, key=lambda item: item[0])[:_PIECES] if share < 1.0]
+        if len(pieces) > MAX_PARENTS and coverage(facts, match(facts, [c.facts for c in pieces])) < _RESEMBLES:
+            reason = f"no base: {len(pieces)} models are each a small part of it: at most {MAX_PARENTS} parents"
+            return Choice((), (reason, *not_taken), everything)
         return Choice((), (f"no base: none of {considered} models resembles it", *not_taken), everything)
     best = scored[0][1]
     reason = f"base {best.entry.name}: about {scored[0][0]:.1%} of the model is new"

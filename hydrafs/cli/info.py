@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hydrafs import containers
+from hydrafs.bases import MAX_PARENTS
 from hydrafs.changes import parts_of
 from hydrafs.cli.common import find_model, human, json_option, percent, print_json, print_table, say
 from hydrafs.cli.plotting import plot
@@ -17,7 +18,9 @@ from hydrafs.digests import SHA256, TITLES
 from hydrafs.errors import UsageError
 from hydrafs.hashing import KnownHashes
 from hydrafs.layout import FileSource
-from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, PREDICTION_SAME, SELF
+from hydrafs.manifest import PREDICTION_FORMULA, PREDICTION_NONE, PREDICTION_SAME, SELF, Manifest
+from hydrafs.needs import census
+from hydrafs.retained import kept
 from hydrafs.store import ModelEntry
 
 
@@ -36,6 +39,10 @@ def command(model: str, as_plot: bool, as_json: bool) -> None:
         known = KnownHashes(store).of(entry.path, entry.path.stat(), is_diff=entry.is_diff)
         facts["hashes"] = {name: value.hex() for name, value in known.items()}
         facts["sha256"] = facts["hashes"].get(SHA256, "")
+        besides = {k.sha256.hex(): k for k in kept(store, census(store))}
+        for parent in facts["parents"]:
+            parent["kept"] = parent["sha256"] in besides
+        facts["kept"] = sum(besides[p["sha256"]].nbytes for p in facts["parents"] if p["kept"])
     if as_json:
         print_json(facts)
         return
@@ -47,7 +54,10 @@ def command(model: str, as_plot: bool, as_json: bool) -> None:
         for line in facts["made_of"]:
             say(f"made of {line}")
         for parent in facts["parents"]:
-            say(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}")
+            only = ", in no listing: kept for what needs it" if parent["kept"] else ""
+            say(f"parent {parent['name']}, {human(parent['size'])}, SHA-256 {parent['sha256']}{only}")
+        for line in facts["notes"]:
+            say(line)
     if as_plot:
         if not entry.is_diff:
             raise UsageError("a full file differs from nothing", where=entry.path, remedy="name a dehydrated model")
@@ -81,6 +91,7 @@ def _plain_facts(entry: ModelEntry) -> dict[str, Any]:
         "stored": layout.size,
         "parents": [],
         "made_of": [],
+        "notes": [],
         "spans": [_span(s.name, s.dtype, s.shape, s.nbytes, s.nbytes, "-", "-") for s in layout.tensors],
     }
 
@@ -122,8 +133,18 @@ def _diff_facts(entry: ModelEntry) -> dict[str, Any]:
             "writer": manifest.writer,
             "parents": [{"name": p.name, "sha256": p.sha256.hex(), "size": p.size} for p in manifest.parents],
             "made_of": [str(part) for part in made_of(diff)],
+            "notes": _notes(manifest),
             "spans": spans,
         }
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    """Why it is no smaller, where that can be told from the diff."""
+    tensors = [span for span in manifest.spans if manifest.sections[span.section].dtype]
+    lacking = sum(span.prediction == PREDICTION_NONE for span in tensors)
+    if lacking and len(manifest.parents) >= MAX_PARENTS:
+        return [f"{lacking} of {len(tensors)} tensors have no parent: at most {MAX_PARENTS} parents"]
+    return []
 
 
 def _span(
