@@ -286,3 +286,58 @@ def test_a_read_only_tree_too(on_disk: Filled, disk: Disk, caplog: pytest.LogCap
         assert number_of(tree.readdir, "/") == errno.EIO
     tree.stop()
     assert len([record for record in caplog.records if "is not there" in record.getMessage()]) == 1
+
+
+class TestBeforeItIsThere:
+    """A folder that is empty since its disk is not mounted yet: at boot, and by hand."""
+
+    def refused(self, *arguments: str | os.PathLike[str], state: Path) -> str:
+        ran = hydrafs(*arguments, XDG_STATE_HOME=os.fspath(state))
+        assert ran.returncode == StoreGone.exit_code, (ran.returncode, ran.stderr)
+        return ran.stderr
+
+    @pytest.fixture
+    def point(self, tmp_path: Path) -> Iterator[Path]:
+        folder = tmp_path / "mount"
+        folder.mkdir()
+        yield folder
+        while any(mount.mountpoint == folder for mount in our_mounts()):
+            unmount(folder, lazy=True)
+
+    def test_a_service_refuses_an_empty_folder(self, tmp_path: Path, point: Path) -> None:
+        empty = tmp_path / "empty"
+        (empty / "lost+found").mkdir(parents=True)
+        (empty / "this disk is not mounted").touch()
+        for command in (("mount", empty, point, "--existing"), ("watch", empty, "--existing")):
+            said = self.refused(*command, state=tmp_path / "state")
+            assert "a store is expected here" in said
+            assert "mount its disk first" in said
+            assert sorted(os.listdir(empty)) == ["lost+found", "this disk is not mounted"]
+
+    @pytest.mark.fuse
+    @pytest.mark.parametrize("what", ["a model", "a store", "told so"])
+    def test_it_starts_the_first_time(self, filled: Filled, point: Path, tmp_path: Path, what: str) -> None:
+        root = filled.root
+        if what != "a model":
+            root = tmp_path / "other"
+            root.mkdir()
+        if what == "a store":
+            Store(root, create=True).close()
+        more = ["--new"] if what == "told so" else []
+        ran = hydrafs(
+            "mount", root, point, "--existing", "--dehydrate", "off", *more, XDG_STATE_HOME=str(tmp_path / "state")
+        )
+        assert ran.returncode == 0, ran.stderr
+
+    @pytest.mark.fuse
+    def test_by_hand_where_a_store_was(self, on_disk: Filled, disk: Disk, point: Path, tmp_path: Path) -> None:
+        state = tmp_path / "state"
+        ran = hydrafs("mount", disk.folder, point, "--dehydrate", "off", XDG_STATE_HOME=str(state))
+        assert ran.returncode == 0, ran.stderr
+        unmount(point, lazy=True)
+        disk.out()
+        assert "and there was" in self.refused("mount", disk.folder, point, state=state)
+        assert os.listdir(disk.folder) == []
+        (state / "hydrafs" / "stores.json").write_text("{damaged")
+        ran = hydrafs("mount", disk.folder, point, "--dehydrate", "off", "--new", XDG_STATE_HOME=str(state))
+        assert ran.returncode == 0, ran.stderr

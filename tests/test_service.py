@@ -423,3 +423,27 @@ class TestCountingModels:
         # A folder that changed a moment ago is not believed.
         assert reporter.models().dehydrated == 2
         assert len(read) == 5
+
+    def test_what_the_worker_did_is_counted_at_once(
+        self, reporter: Any, filled: Filled, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert reporter.models().dehydrated == 1
+        (filled.root / "copy.safetensors.hydra").write_bytes(filled.diff.read_bytes())
+        eventually(lambda: reporter.models().dehydrated == 2, "a count stays old")
+
+    def test_nobody_waits_for_a_count(self, reporter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        hangs = threading.Event()
+        monkeypatch.setattr("hydrafs.service.status.trailer_of", lambda path: hangs.wait(30))
+        monkeypatch.setattr("hydrafs.service.status._WAIT_SECONDS", 0.1)
+        assert reporter.line() == "models are being counted; 0 open"
+        assert reporter.models(0.1).models == 0
+        monkeypatch.undo()
+        hangs.set()
+        eventually(lambda: reporter.models().models, "it is never counted")
+        assert reporter.line().startswith("2 models")
+
+    def test_a_disk_that_does_not_answer_keeps_nobody(self, reporter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        hangs = threading.Event()
+        monkeypatch.setattr("hydrafs.service.status.told", lambda store: hangs.wait(30))
+        assert reporter.status(0.1).worker.state == "none"
+        hangs.set()

@@ -12,12 +12,14 @@ import click
 
 from hydrafs.cli.background import policy_given, policy_options
 from hydrafs.cli.common import catalogs, log_format_option, open_store, service_log
+from hydrafs.cli.known_stores import check_expected, remember, state_folder
 from hydrafs.covered import keep_catalogs_in
 from hydrafs.helper import Helper
 from hydrafs.logs import log_to
 from hydrafs.mounting import mount, parse_options, preflight
 from hydrafs.mountpoints import MountInfo, check_mountpoint, clear_stale, resolve
 from hydrafs.policy import Policy
+from hydrafs.root_identity import read_mark
 from hydrafs.service.control import runtime_folders
 from hydrafs.service.memory import fitting_cache, limit_nbytes
 from hydrafs.service.metrics import parse_address
@@ -35,8 +37,7 @@ _DEFAULT_LOG = "the store's .hydrafs/mount.log, else ~/.local/state/hydrafs/moun
 def _default_log(private: Path) -> str | None:
     """The store's log, or the user's own where that cannot be written: a store on a read-only disk, or a log that
     another user's mount has made. What is refused at open must be said somewhere."""
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    for folder in (private, Path(os.path.expanduser(state)) / "hydrafs"):
+    for folder in (private, state_folder()):
         path = folder / "mount.log"
         with contextlib.suppress(OSError):
             folder.mkdir(parents=folder != private, exist_ok=True)
@@ -56,6 +57,8 @@ def _default_log(private: Path) -> str | None:
 @click.option(
     "-o", "options", multiple=True, metavar="OPTS", help="Options as mount(8) takes them: allow_other,uid=..."
 )
+@click.option("--existing", is_flag=True, help="Refuse a folder without a model and a mark: its disk is missing.")
+@click.option("--new", is_flag=True, help="Make a store of an empty folder, whatever was there before.")
 @click.option("--protect", is_flag=True, help="Let dehydrated models not be removed or renamed (EPERM).")
 @policy_options
 @click.option("--log-file", metavar="PATH", help=f"Where the daemon logs to [default: {_DEFAULT_LOG}].")
@@ -69,6 +72,8 @@ def command(
     foreground: bool,
     cache_size: str | None,
     options: tuple[str, ...],
+    existing: bool,
+    new: bool,
     protect: bool,
     dehydrate: str | None,
     settle: float | None,
@@ -94,6 +99,7 @@ def command(
         check_mountpoint(point, nonempty=True)
     parsed = parse_options(",".join([*options, *(["ro"] if read_only else [])]))
     with contextlib.closing(open_store(store)) as opened:
+        check_expected(opened, existing=existing, new=new)
         root, folders, files = opened.root, opened.base_folders, opened.base_files
         private = opened.private
         given = policy_given(dehydrate, settle, include, exclude, min_size)
@@ -131,6 +137,7 @@ def command(
         return served[0]
 
     def ready(found: MountInfo) -> None:
+        remember(root, read_mark(private), point, os.path.abspath(log_path) if log_path else None)
         if served:  # in the foreground: here is who serves, and here is who the supervisor knows
             served[0].ready()
         if warm:

@@ -60,6 +60,8 @@ def lines_of(s: Status) -> list[str]:
         f"  files     {s.open_files} open; {s.opens} opened, {s.failed_opens} refused",
         f"  process   {human(s.rss_nbytes)} of memory, {s.cpu_seconds:.1f} s of processor time",
     ]
+    if s.store_trouble:
+        lines.insert(1, f"  store     IS NOT THERE: {s.store_trouble}")
     if s.worker.state != "none":
         lines.append(f"  worker    {worker_line(s.worker)}")
         lines += [f"            {line}" for line in worker_reasons(s.worker)]

@@ -29,6 +29,7 @@ from hydrafs.service.metrics import serve_metrics
 from hydrafs.service.notify import Notifier
 from hydrafs.service.observing import LastErrors, Observed
 from hydrafs.service.status import Reporter
+from hydrafs.store import PRIVATE
 from hydrafs.temporary import TemporaryFile
 from hydrafs.working import pause
 
@@ -154,16 +155,19 @@ class Served(Observed):
             log.debug("what was opened is not noted: %s", error)
 
     def _status_line(self) -> str:
-        return self.reporter.status().line
+        return self.reporter.line()
 
     def _is_alive(self) -> bool:
-        """Whether a request would be answered: the tree is asked as the kernel would ask it."""
+        """Whether a request would be answered: the tree is asked as the kernel would ask it, for a name that it knows
+        without the disk and without waiting for what is being deleted. A disk that is slow, or gone, is no reason to
+        start the daemon again."""
         try:
-            self.tree.getattr("/")
+            self.tree.getattr(f"/{PRIVATE}")
+        except FileNotFoundError:
             return True
         except Exception:
-            log.exception("the root of the mount does not answer")
-            return False
+            log.exception("the mount does not answer")
+        return False
 
     def _await_hangups(self) -> None:
         while received := os.read(self._hangups, 64):
