@@ -96,13 +96,13 @@ class WritableTree(FileWrites):
         wanted = mode & 0o7777 | (found.st_mode & stat.S_ISGID)
         if not stat.S_ISLNK(found.st_mode) and stat.S_IMODE(found.st_mode) != wanted:
             os.chmod(real, wanted)
-        self.folder_times.touched(os.path.dirname(real))
 
     def mkdir(self, path: str, mode: int, owner: Owner | None = None) -> None:
         """mkdir(2)."""
         real = self._free(path)
-        os.mkdir(real, mode & 0o7777)
-        self._made(real, mode, owner)
+        with self.folder_times.changing(real):
+            os.mkdir(real, mode & 0o7777)
+            self._made(real, mode, owner)
         self.names.forget(path)
 
     def mknod(self, path: str, mode: int, owner: Owner | None = None) -> None:
@@ -110,15 +110,17 @@ class WritableTree(FileWrites):
         real = self._free(path)
         if stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
-        os.mknod(real, mode)
-        self._made(real, mode, owner)
+        with self.folder_times.changing(real):
+            os.mknod(real, mode)
+            self._made(real, mode, owner)
         self.names.forget(path)
 
     def symlink(self, target: str, path: str, owner: Owner | None = None) -> None:
         """symlink(2)."""
         real = self._free(path)
-        os.symlink(target, real)
-        self._made(real, 0o777, owner)
+        with self.folder_times.changing(real):
+            os.symlink(target, real)
+            self._made(real, 0o777, owner)
         self.names.forget(path)
 
     def link(self, old: str, new: str) -> None:
@@ -126,8 +128,8 @@ class WritableTree(FileWrites):
         place, real = self.find(old), self._free(new)
         if place.departed is not None:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), old)
-        os.link(place.real, real + SUFFIX if place.is_diff else real, follow_symlinks=False)
-        self.folder_times.touched(os.path.dirname(real))
+        with self.folder_times.changing(real):
+            os.link(place.real, real + SUFFIX if place.is_diff else real, follow_symlinks=False)
         self.names.forget(new)
 
     def unlink(self, path: str) -> None:
@@ -141,11 +143,11 @@ class WritableTree(FileWrites):
         self.names.forget(path)
 
     def _delete(self, place: Place) -> None:
-        if place.is_diff or stat.S_ISREG(place.stat.st_mode):
-            remove_model(self.store, Path(place.listed), aside=self.aside)
-        else:
-            os.unlink(place.real)
-        self.folder_times.touched(os.path.dirname(place.real))
+        with self.folder_times.changing(place.listed):
+            if place.is_diff or stat.S_ISREG(place.stat.st_mode):
+                remove_model(self.store, Path(place.listed), aside=self.aside)
+            else:
+                os.unlink(place.real)
 
     def _delete_hidden(self, place: Place) -> None:
         # A moment later than asked for. A file that somebody has put there meanwhile is not meant.
@@ -158,9 +160,8 @@ class WritableTree(FileWrites):
     def rmdir(self, path: str) -> None:
         """rmdir(2); temporary files in the folder are no obstacle, and who writes them fails."""
         real = self.find(path).real
-        with self.turns.one():
+        with self.turns.one(), self.folder_times.changing(real):
             self._rmdir(real)
-        self.folder_times.touched(os.path.dirname(real))
         self.names.forget(path)
 
     def _rmdir(self, real: str) -> None:
@@ -217,13 +218,14 @@ class WritableTree(FileWrites):
             with contextlib.suppress(FileNotFoundError):
                 self.refuse_onto_itself(new, self.find(new), "replaced")
         shown = self.directory_mtime(place) if folder else 0
-        rename_model(self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE, aside=self.aside)
+        with self.folder_times.changing(place.listed, real):
+            rename_model(
+                self.store, Path(place.listed), Path(real), replace=not flags & RENAME_NOREPLACE, aside=self.aside
+            )
         self.names.move(old, new, folder=folder)
         if folder:
             self.folder_times.moved(place.listed, real, shown)
             _end_jobs_in(real)
-        self.folder_times.touched(os.path.dirname(place.real))
-        self.folder_times.touched(os.path.dirname(real))
 
     def _exchange(self, one: str, other: str) -> None:
         for path in (one, other):
@@ -257,7 +259,8 @@ class WritableTree(FileWrites):
         else:
             return self.open(path, flags)
         try:
-            return self.create_at(real, path, flags, mode, lambda: self._made(real, mode, owner))
+            with self.folder_times.changing(real):
+                return self.create_at(real, path, flags, mode, lambda: self._made(real, mode, owner))
         except FileExistsError:
             return self.open(path, flags)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from mounts import Library, Mount, eventually, hydrafs, sha256_of
 
+from hydrafs import folder_times
 from hydrafs.attributes import Entry
 from hydrafs.catalog import Catalog
 from hydrafs.errors import UsageError
@@ -286,3 +287,55 @@ def _removed(path: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def test_a_change_through_the_mount_does_not_cost_a_listing(
+    tree: WritableTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is known without one is what a listing says: who changes the folder behind the mount, and none of its
+    names, does not change its time."""
+    root = tree.store.root
+    tree.mkdir("/folder", 0o755)
+    for number in range(50):
+        (root / "folder" / f"{number}.txt").touch()
+    listings: list[str] = []
+    real = tree.folder_times._members
+
+    def counted(folder: str) -> object:
+        listings.append(folder)
+        return real(folder)
+
+    monkeypatch.setattr(tree.folder_times, "_members", counted)
+    monkeypatch.setattr(folder_times, "_SETTLED_NS", 10**15)  # on a busy machine a moment is long
+    tree.getattr("/folder")
+    assert len(listings) == 1
+    changes: list[Callable[[], object]] = [
+        lambda: tree.create("/folder/new", os.O_RDWR, 0o644).close(),
+        lambda: tree.mkdir("/folder/inside", 0o755),
+        lambda: tree.symlink("new", "/folder/link"),
+        lambda: tree.link("/folder/new", "/folder/second"),
+        lambda: tree.rename("/folder/new", "/folder/renamed"),
+        lambda: tree.rename("/folder/second", "/folder/renamed2"),
+        lambda: tree.rename("/folder/0.txt", "/folder/1.txt"),
+        lambda: tree.rename("/folder/2.txt", "/outside.txt"),
+        lambda: tree.rename("/half.safetensors", "/folder/half.safetensors"),
+        lambda: tree.rename("/folder/3.txt", "/folder/half.safetensors"),
+        lambda: tree.rename("/tuned.safetensors", "/folder/tuned.safetensors"),
+        lambda: tree.unlink("/folder/tuned.safetensors"),
+        lambda: tree.unlink("/folder/link"),
+        lambda: tree.rmdir("/folder/inside"),
+        lambda: tree.mknod("/folder/pipe", 0o010644),
+    ]
+    for number, change in enumerate(changes):
+        before = tree.getattr("/folder").mtime_ns
+        del listings[:]
+        change()
+        shown = tree.getattr("/folder").mtime_ns
+        assert shown >= before
+        assert not [folder for folder in listings if folder.endswith("/folder")], number
+        time.sleep(0.01)
+        (root / "folder" / ".hydrafs-passing").touch()
+        (root / "folder" / ".hydrafs-passing").unlink()
+        assert (root / "folder").stat().st_mtime_ns != shown
+        assert tree.getattr("/folder").mtime_ns == shown
+        assert [folder for folder in listings if folder.endswith("/folder")]
