@@ -38,12 +38,14 @@ umount: ## unmount MOUNTPOINT (default: STORE, else the example at ./models)
 test: setup-test lint ## lint and all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-all: setup-test lint ## lint and all tests, and those that are not slow with each kernel forced
+test-all: setup-test lint ## lint and all tests, all faults, a soak, and what is not slow with each kernel forced
 	$(BIN)/python -m pytest $(ARGS)
+	$(MAKE) test-faults soak
 	$(MAKE) test-kernels
 
 test-faults: setup-test ## each error of each call of each change of a store, once; prints how many, and what was lost
 	@PYTHONPATH=. $(BIN)/python tests/failing.py --jobs "$$(nproc)" $(ARGS)
+	PYTHONPATH=. $(BIN)/python tests/tracing.py $${TRACED:+--sample "$$TRACED"}
 
 soak: setup-test ## programs, kills and faults on a real mount for MINUTES (default 30); prints the seed, losses and hangs
 	@PYTHONPATH=. $(BIN)/python tests/soak.py --minutes "$${MINUTES:-30}" $${SEED:+--seed "$$SEED"} $(ARGS)

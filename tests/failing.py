@@ -40,7 +40,7 @@ from scenarios import MANY, OPTIONS, Contents, contents, files  # noqa: E402
 from small import save_model  # noqa: E402
 from watched import LATE, State, errors_of  # noqa: E402
 
-from hydrafs import tending  # noqa: E402
+from hydrafs import tending, trash  # noqa: E402
 from hydrafs.cache import ChunkCache  # noqa: E402
 from hydrafs.dehydrate import dehydrate  # noqa: E402
 from hydrafs.errors import HydraError  # noqa: E402
@@ -49,7 +49,8 @@ from hydrafs.store import Store  # noqa: E402
 
 HANG_SECONDS = 60
 FAULTS_ONLY = [
-    "read", "read through a mount", "mount", "list", "remove a folder", "rename over through a mount",
+    "read", "read through a mount", "mount", "list", "remove a folder", "rename over through a mount", "undelete",
+    "undelete a base", "empty the trash", "delete through a mount",
 ]  # fmt: skip
 """Changes that a kill need not be tried with, since they change nothing, or are made of others."""
 KILLED = [
@@ -125,6 +126,13 @@ def change(store: Store, scenario: str, expected: Contents) -> None:
             for entry in tree.readdir("/folder"):
                 tree.unlink(f"/folder/{entry.name}")
             tree.rmdir("/folder")
+    elif scenario.startswith("undelete"):
+        trash.restore(store, "base.safetensors" if "base" in scenario else "tuned0.safetensors")
+    elif scenario == "empty the trash":
+        trash.purge(store)
+    elif scenario == "delete through a mount":
+        with scenarios.mounted(store) as tree:
+            tree.unlink("/tuned1.safetensors")
     elif scenario == "rename over through a mount":
         with scenarios.mounted(store) as tree:
             tree.rename("/fresh.safetensors", "/base.safetensors")
@@ -152,6 +160,7 @@ class Copies:
         self.scratch, self.root, self.template = scratch, scratch / "store", scratch / "template"
         self.told = os.memfd_create("told")
         self.earlier: Contents | None = None
+        self.trashed: Contents = {}
 
     def keep(self, name: str) -> None:
         """From now on ``fresh`` gives what the store is now."""
@@ -329,11 +338,25 @@ class Judge:
                         return [f"{when}: it said that it was done, and it was not"]
             except (HydraError, OSError) as error:
                 return [f"LOST {when}: {type(error).__name__}: {error}"]
+            if self.scenario.startswith("undelete") and (gone := self._gone_from_trash(store)):
+                return [gone]
             if doubles := doubles_of(store) - self.doubles:
                 return [f"left behind: the diffs of {sorted(doubles)}"]
             root = self.copies.root
             left = [p.name for p in root.rglob(".hydrafs-*")] + [p.name for p in store.private.glob("journal-*")]
             return [f"left behind: {left}"] if left else []
+
+    def _gone_from_trash(self, store: Store) -> str:
+        """What was not given its name back must still be there to be given it."""
+        for name in ("tuned0.safetensors", "base.safetensors"):
+            try:
+                if store.entry(store.root / name) is None:
+                    trash.restore(store, name)
+                if contents(store).get(name) != self.copies.trashed[name]:
+                    return f"{name} came out of the trash as another"
+            except (HydraError, OSError) as error:
+                return f"LOST in the trash: {name}: {type(error).__name__}: {error}"
+        return ""
 
     def _is_loose(self) -> bool:
         """Whether it may well have done a part, and go on with the rest another time."""
@@ -433,6 +456,11 @@ def stages(copies: Copies, scenario: str) -> Iterator[str]:
                 for name in ("base", "tuned0", "child"):
                     old = store.root / f"{name}.safetensors"
                     scenarios.renaming.rename_model(store, old, store.root / "folder" / old.name)
+            if scenario in ("undelete", "undelete a base", "empty the trash"):
+                with scenarios.mounted(store) as tree:
+                    copies.trashed = contents(store)
+                    for name in ("tuned0", "base"):
+                        tree.unlink(f"/{name}.safetensors")
             scenarios.prepare(store, scenario)
             contents(store)
         copies.keep("prepared")

@@ -34,7 +34,7 @@ from hypothesis.stateful import (
 from mounts import BELIEVED_SECONDS, WAIT_SECONDS, eventually
 from small import model
 
-from hydrafs import keeping, renaming, tending
+from hydrafs import keeping, renaming, tending, trash
 from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.errors import HydraError
@@ -213,6 +213,16 @@ class Life(RuleBasedStateMachine):
             with self.store() as store:
                 keeping.remove_model(store, self.root / name)
         del self.expected[name]
+
+    @rule(name=_names)
+    def undelete(self, name: str) -> None:
+        """What was removed through the mount comes back, if nobody has its name."""
+        if (name := self.pick(name)) is None or not self.expected[name]:
+            return
+        os.unlink(self.at(name))
+        eventually(lambda: not os.path.lexists(self.root / name) and not os.path.lexists(self.root / f"{name}.hydra"))
+        with self.store() as store:
+            trash.restore(store, name)
 
     @rule(old=_names, new=_names, through=st.booleans())
     def rename(self, old: str, new: str, through: bool) -> None:

@@ -63,6 +63,8 @@ class Scenario:
         arguments: of the command line; ``@`` is the store, ``%`` the mountpoint.
         client: what a program does to the mount, where that is what is run.
         killed: a change that was killed before, where a journal had been written.
+        waits_for: a file of the store; when it is there, what runs is ended.
+        trashes: whether a diff was removed through a mount before.
     """
 
     arguments: tuple[str, ...]
@@ -70,6 +72,7 @@ class Scenario:
     client: Callable[[Path], None] | None = None
     killed: str = ""
     waits_for: str = ""
+    trashes: bool = False
 
 
 MOUNT = ("mount", "@", "%", "--foreground", "--dehydrate", "off")
@@ -93,6 +96,7 @@ SCENARIOS = {
     "remove a base": Scenario(("rm", "@/base.safetensors")),
     "collect": Scenario(("gc", "@"), prepare="collect with dependents of a retired diff"),
     "rehome": Scenario(("gc", "--rehome", "--jobs", "1", "@"), prepare="rehome"),
+    "undelete": Scenario(("undelete", "@", "tuned0.safetensors"), trashes=True),
     "rehydrate": Scenario(("rehydrate", "--jobs", "1", "@/tuned0.safetensors")),
     "start after a kill: dehydrate": Scenario(("gc", "@"), killed="dehydrate"),
     "start after a kill: write into a diff": Scenario(("gc", "@"), killed="write into a diff"),
@@ -281,6 +285,11 @@ def try_all(copies: Copies, name: str, sample: int, chance: random.Random) -> Co
     copies.fresh()
     with contextlib.closing(Store(copies.root)) as store:
         scenarios.prepare(store, scenario.killed or scenario.prepare)
+        copies.trashed = contents(store)
+        if scenario.trashes:
+            with scenarios.mounted(store) as tree:
+                tree.unlink("/base.safetensors")
+                tree.unlink("/tuned0.safetensors")
         contents(store)
     copies.keep("prepared")
     if scenario.killed:
