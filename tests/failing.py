@@ -560,11 +560,12 @@ def _try_stage(copies: Copies, stage: str, scenario: str, sample: int, chance: r
             count.other += 1
             said.append(f"ended with {run.code}: {run.said}")
         if found := judge.look(run.code):
-            if found[0].startswith("left behind"):
-                count.left += 1
-            else:
+            if not found[0].startswith("left behind"):
                 count.lost += 1
-            said += found
+                said += found
+            elif "the diff is stored, but the original cannot be removed" not in run.said:
+                count.left += 1
+                said += found
         if said:
             count.faults.append(f"{stage}: call {State.count}, {run.hit}\n    said: {run.said.strip()[-300:]}\n    "
                                 + "\n    ".join(said))  # fmt: skip

@@ -484,7 +484,7 @@ Rule = Callable[[Life], None]
 
 
 def test_for_a_while() -> None:
-    live(6, 20)
+    live(4, 20)
 
 
 @pytest.mark.slow
