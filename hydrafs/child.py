@@ -4,8 +4,10 @@ folder that no other Python looks into, a wheel, or a clone."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -79,3 +81,15 @@ def ask_filesystems(paths: Sequence[str | os.PathLike[str]], seconds: float) -> 
             if process.returncode is None:
                 process.returncode = -9  # nobody waits for it any more
     return answers
+
+
+def yield_to_others() -> None:
+    """This process gets the processor and the disk when nobody else wants them."""
+    with contextlib.suppress(OSError):
+        os.nice(19)
+    with contextlib.suppress(OSError):  # who runs out of memory ends this first: it loses nothing by it
+        Path("/proc/self/oom_score_adj").write_text("500")
+    number = {"x86_64": 251, "aarch64": 30}.get(platform.machine())  # ioprio_set(2); the C library has no name for it
+    if number is not None:
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(None, use_errno=True).syscall(number, 1, 0, 3 << 13)

@@ -213,7 +213,7 @@ def _rehome_from(
         # Neither against each other or what needs them, nor against what is to go: that would need it still.
         chosen = Options(
             not_bases=(*before, *descent, full), keep=True, jobs=options.jobs, codec=options.codec,
-            chunk_nbytes=options.chunk_nbytes, still=options.still,
+            chunk_nbytes=options.chunk_nbytes, still=options.still, all_or_nothing=options.all_or_nothing,
         )  # fmt: skip
         outcome = dehydrate(store, full, chosen)
         full.unlink()

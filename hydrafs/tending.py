@@ -169,7 +169,7 @@ def maintain(
     hash_unhashed(store, still)
     done: list[Rehomed] = []
     if rehomes and not collected.troubles:
-        options = Options(jobs=jobs, still=still)
+        options = Options(jobs=jobs, still=still, all_or_nothing=True)  # nobody asked: no parent that may go by itself
         try:
             done += unchain(store, options)
             done += rehome(store, replace(options, alone=False), wanted=lambda digest: _is_new(store, digest))

@@ -15,12 +15,9 @@ Rule 6: whatever one file raises is that file's: it is told, remembered, and end
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
-import errno
 import logging
 import os
-import platform
 import sys
 import threading
 import time
@@ -34,10 +31,10 @@ import msgspec
 from hydrafs import covered, tending, working
 from hydrafs.activity import Activity
 from hydrafs.allocator import return_memory, tune_allocator
+from hydrafs.child import yield_to_others
 from hydrafs.covered import is_covered
 from hydrafs.dehydrate import Options, Outcome, dehydrate
-from hydrafs.errors import Changing, HydraError, StoreGone, printable
-from hydrafs.identity import FileIdentity
+from hydrafs.errors import Changing, StoreGone
 from hydrafs.layout import plain_text
 from hydrafs.leases import Lease
 from hydrafs.limits import raise_open_files
@@ -49,6 +46,7 @@ from hydrafs.root_identity import read_mark
 from hydrafs.store import PRIVATE, Store
 from hydrafs.survey import PlainModel, Survey, survey
 from hydrafs.tried import Tried
+from hydrafs.turns import Seen, is_another, not_bases_of, passes, some, tending_state, told_of, wanted
 from hydrafs.views import uncovered_views
 from hydrafs.working import Work
 
@@ -71,26 +69,8 @@ _REFUSALS = 3
 _PUT_OFF_SECONDS, _PUT_OFF_SECONDS_MAX = 60.0, 3600.0
 _VIEWS_SECONDS = 10.0
 _MAX_LOGGED = 10_000
-_MAX_NAMED = 20
-_PASSING = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ETXTBSY,
-     errno.EROFS, errno.ETIMEDOUT, errno.EHOSTDOWN)
-)  # fmt: skip
 _PRIVATE = frozenset({working.PAUSED, "config.toml"})
 """Of hydrafs' own files: what the worker is told by."""
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A plain model as it was last looked at, and since when it is what it is. ``refused``: how often in a row it could
-    not be had since, and why; ``until``, ``seconds``: when it is tried again at the earliest, and what was waited."""
-
-    identity: FileIdentity
-    since: float
-    refused: int = 0
-    why: str = ""
-    until: float = 0.0
-    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -105,7 +85,7 @@ class Worker:
     clock: Callable[[], float] = time.monotonic
     policy_now: Callable[[], Policy] | None = None
     """Asked at every look for the policy, after the store's configuration was read again."""
-    _seen: dict[Path, _Seen] = field(default_factory=dict)
+    _seen: dict[Path, Seen] = field(default_factory=dict)
     _times: dict[Path, int] = field(default_factory=dict)
     _stopped: threading.Event = field(default_factory=threading.Event)
     _changed: threading.Event = field(default_factory=threading.Event)
@@ -146,7 +126,7 @@ class Worker:
             except StoreGone:
                 raise
             except Exception as error:  # no locks there, or nothing that can be written
-                self._log_once("", f"nothing can be dehydrated: {_told_of(error)}", logging.ERROR)
+                self._log_once("", f"nothing can be dehydrated: {told_of(error)}", logging.ERROR)
             self._stopped.wait(_LOCK_SECONDS)
 
     def _run(self, limit: float) -> None:
@@ -176,9 +156,9 @@ class Worker:
         except StoreGone:
             raise
         except Exception as error:
-            self._log_once("", f"{what}: {_told_of(error)}", logging.ERROR)
+            self._log_once("", f"{what}: {told_of(error)}", logging.ERROR)
             log.debug("%s", what, exc_info=True)
-            self._tell(self._work.state, last_error=f"{what}: {_told_of(error)}")
+            self._tell(self._work.state, last_error=f"{what}: {told_of(error)}")
             return False
         return True
 
@@ -210,8 +190,8 @@ class Worker:
             state=state,
             left_whole=len(self._tried) + len(self._whole),
             troubled=len(troubles),
-            troubles=_some(troubles),
-            whole=_some(self._whole),
+            troubles=some(troubles),
+            whole=some(self._whole),
             **facts,
         )
         if work.state != self._work.state or work.model != self._work.model:
@@ -250,7 +230,7 @@ class Worker:
             if self.policy_now is not None:
                 self.policy = self.policy_now()
         except Exception as error:
-            self._log_once("", f"the configuration stays as it was: {_told_of(error)}", logging.ERROR)
+            self._log_once("", f"the configuration stays as it was: {told_of(error)}", logging.ERROR)
 
     def step(self) -> list[Outcome]:
         """Look at the store, dehydrate what has rested long enough, and let go of what nobody needs; what was done.
@@ -261,7 +241,7 @@ class Worker:
         self._configure()
         seen = self._look()
         now, looked_at, hindered = self.clock(), False, ""
-        for model, company in self._wanted(seen.models):
+        for model, company in wanted(seen.models, self._tried):
             if self._stopped.is_set() or self._is_paused():
                 break
             if now < self._may_be_tried_at(model):
@@ -271,14 +251,15 @@ class Worker:
                 if hindered:
                     break
             looked_at = True
-            outcome = self._one(model, company, self._not_bases(model, seen.models))
+            outcome = self._one(model, company, not_bases_of(model, seen.models, self._tried))
             if outcome is not None:
                 done.append(outcome)
         if looked_at and not self._stopped.is_set():
             seen = self._look()
         if seen.is_complete:
             self._tried.keep({m.name for m in seen.models})
-        times = [self._may_be_tried_at(model) for model, _ in self._wanted(seen.models)]
+        waiting = [model for model, _ in wanted(seen.models, self._tried) if model.path in self._seen]
+        times = [self._may_be_tried_at(model) for model in waiting]
         self._until = max(min(times, default=0.0), self.clock() + _VIEWS_SECONDS if hindered else 0.0)
         self._tell(self._work.state, hindered=hindered)
         if not self._is_paused():
@@ -293,8 +274,8 @@ class Worker:
         complete = True
 
         def trouble(name: str, error: Exception) -> None:
-            unseen[plain_text(name)] = _told_of(error)
-            self._log_once(name, f"cannot be looked at: {_told_of(error)}")
+            unseen[plain_text(name)] = told_of(error)
+            self._log_once(name, f"cannot be looked at: {told_of(error)}")
 
         try:
             needed = needs(self.store)
@@ -309,38 +290,14 @@ class Worker:
             if model.reason:
                 self._log_once(model.name, f"stays whole: {model.reason}", logging.INFO)
             seen = self._seen.get(model.path)
-            if seen is None or _is_another(seen.identity, model.identity):
+            if seen is None or is_another(seen.identity, model.identity):
                 # A file that was there before the first look has rested since it was last written to.
                 rested = max(0.0, (wall - max(model.mtime_ns, model.identity.ctime_ns)) / 1e9)
-                self._seen[model.path] = _Seen(model.identity, now - rested if seen is None else now)
+                self._seen[model.path] = Seen(model.identity, now - rested if seen is None else now)
         if complete:
             for path in self._seen.keys() - {model.path for model in found.models}:
                 del self._seen[path]
         return dataclasses.replace(found, is_complete=complete and not unseen)
-
-    def _not_bases(self, model: PlainModel, models: Sequence[PlainModel]) -> list[Path]:
-        """What ``model`` is not stored against: no model that is as old as it, because that will be dehydrated itself;
-        and none in whose midst the worker has died."""
-        newer = [m for m in models if (m.mtime_ns, m.name) > (model.mtime_ns, model.name) and not m.stays]
-        return [m.path for m in newer] + [m.path for m in models if m is not model and self._has_killed(m)]
-
-    def _has_killed(self, model: PlainModel) -> bool:
-        return self._tried.deaths(model.name, model.identity) > 0
-
-    def _wanted(self, models: Sequence[PlainModel]) -> list[tuple[PlainModel, frozenset[str]]]:
-        """Those that are to be dehydrated, and were not tried yet as they are against what is there, each with the
-        names of that. One in whose midst the worker has died comes after all others."""
-        whole = {m.name for m in models if m.stays and m.is_base}
-        older: set[str] = set()
-        found = []
-        for model in models:
-            if not model.stays and model.path in self._seen:
-                company = frozenset(older | whole)
-                if not self._tried.is_settled(model.name, model.identity, company):
-                    found.append((model, company))
-            if model.is_base and not self._has_killed(model):
-                older.add(model.name)
-        return sorted(found, key=lambda item: self._tried.deaths(item[0].name, item[0].identity))
 
     def _may_be_tried_at(self, model: PlainModel) -> float:
         seen = self._seen[model.path]
@@ -375,7 +332,7 @@ class Worker:
             raise
         except Changing as error:
             log.info("%s is left for later: %s", path, error)
-            seen.refused, seen.why = seen.refused + 1, _told_of(error)
+            seen.refused, seen.why = seen.refused + 1, told_of(error)
             waits = self._settle(path) * 2 ** min(max(0, seen.refused - _REFUSALS), _MAX_BACKOFF)
             seen.since, seen.until = self.clock(), self.clock() + min(waits, _PUT_OFF_SECONDS_MAX)
             if seen.refused >= _REFUSALS:
@@ -384,12 +341,12 @@ class Worker:
             outcome = None
         except Exception as error:
             log.debug("%s is not dehydrated", path, exc_info=True)
-            if _passes(error):
-                self._put_off(path, seen, _told_of(error), name)
+            if passes(error):
+                self._put_off(path, seen, told_of(error), name)
             else:
-                self._log_once(name, f"is not dehydrated: {_told_of(error)}")
-                self._tried.note(name, model.identity, company, _told_of(error))
-            self._tell("working", last_error=f"{plain_text(name)}: {_told_of(error)}")
+                self._log_once(name, f"is not dehydrated: {told_of(error)}")
+                self._tried.note(name, model.identity, company, told_of(error))
+            self._tell("working", last_error=f"{plain_text(name)}: {told_of(error)}")
             outcome = None
         else:
             seen.refused, seen.until, seen.seconds = 0, 0.0, 0.0
@@ -407,7 +364,7 @@ class Worker:
         log.info("%s: %d -> %d bytes", path, outcome.size, outcome.stored_nbytes)
         return outcome
 
-    def _put_off(self, path: Path, seen: _Seen, why: str, name: str) -> None:
+    def _put_off(self, path: Path, seen: Seen, why: str, name: str) -> None:
         """Try again later: what stands in the way is not the model's, and passes."""
         self._log_once(name, f"is left for later: {why}")
         seen.refused, seen.why = seen.refused + 1, why
@@ -449,54 +406,6 @@ class Worker:
         if self._is_paused():
             return "paused"
         return "waiting" if self.busy() else ""
-
-
-def tending_state(store: Store, seen: Survey) -> object:
-    """What is another once names in the store's folders, or what is kept, have changed; and each hour, since what is in
-    the trash gets old."""
-    kept = [int(time.time() // 3600)]
-    for folder in (store.held, store.retired, store.trash):
-        try:
-            kept.append(os.stat(folder).st_mtime_ns)
-        except OSError:
-            kept.append(0)
-    return kept, seen.folders
-
-
-def _some(reasons: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((plain_text(n), plain_text(why)) for n, why in reasons.items())[:_MAX_NAMED])
-
-
-def _told_of(error: Exception) -> str:
-    """What went wrong, on one line."""
-    text = str(error) if isinstance(error, HydraError) else f"{type(error).__name__}: {error}"
-    return plain_text(covered.shown(printable(text)))
-
-
-def _passes(error: BaseException | None) -> bool:
-    """Whether what stood in the way is the disk's or the system's, and may be gone later."""
-    while error is not None:
-        if isinstance(error, OSError | HydraError) and error.errno in _PASSING:
-            return True
-        error = error.__cause__
-    return False
-
-
-def _is_another(old: FileIdentity, new: FileIdentity) -> bool:
-    """Whether a file was written to or replaced; a link that holds it changes its ctime only."""
-    return (old.size, old.mtime_ns, old.inode, old.device) != (new.size, new.mtime_ns, new.inode, new.device)
-
-
-def yield_to_others() -> None:
-    """This process gets the processor and the disk when nobody else wants them."""
-    with contextlib.suppress(OSError):
-        os.nice(19)
-    with contextlib.suppress(OSError):  # who runs out of memory ends this first: it loses nothing by it
-        Path("/proc/self/oom_score_adj").write_text("500")
-    number = {"x86_64": 251, "aarch64": 30}.get(platform.machine())  # ioprio_set(2); the C library has no name for it
-    if number is not None:
-        with contextlib.suppress(OSError):
-            ctypes.CDLL(None, use_errno=True).syscall(number, 1, 0, 3 << 13)
 
 
 # As a process of its own
