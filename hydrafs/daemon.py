@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydrafs import errors
+from hydrafs import apparmor, errors
 from hydrafs.errors import Denied, HydraError, MountFailed, UsageError, from_oserror
 from hydrafs.fuse import Binding, Tree, load_binding, serve
 from hydrafs.limits import raise_open_files
@@ -123,6 +123,9 @@ def _libfuse_error(code: int, text: str, path: Path) -> HydraError:
     reason = reason or f"libfuse gave no reason (code {code})"
     for pattern, kind, remedy in _REMEDIES:
         if pattern in reason:
+            if kind is Denied and os.geteuid() != 0 and apparmor.is_confined() and not apparmor.is_allowed(path):
+                reason += f"; AppArmor's profile {apparmor.PROFILE} does not let fusermount3 mount there"
+                remedy = apparmor.REMEDY
             return kind("the mount failed", where=path, detail=reason, remedy=remedy)
     return MountFailed("the mount failed", where=path, detail=reason, remedy="hydrafs doctor tells what is missing")
 

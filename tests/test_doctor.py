@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import platform
 import resource
@@ -19,6 +21,7 @@ from test_cli import Run, bad, good, run
 
 from hydrafs.cli import findings
 from hydrafs.cli.findings import Finding
+from hydrafs.daemon import _libfuse_error
 from hydrafs.mountpoints import MountInfo, our_mounts, unmount
 from hydrafs.service.memory import fitting_cache, limit_nbytes
 
@@ -310,3 +313,65 @@ def test_the_cache_of_a_mount_fits_into_its_limit(
     assert good(run("status", point, "--json")).json["cache_budget_nbytes"] == 300 << 20
     bad(run("control", point, "cache-size", "1G"), 2, "leaves 300 MiB")
     assert good(run("control", point, "cache-size", "200M", "--json")).json == {"budget_nbytes": 200 << 20}
+
+
+UBUNTU = """
+profile fusermount3 /usr/bin/fusermount{,3} {
+  mount fstype=@{fuse_types} options=(nosuid,nodev) options in (ro,rw,noatime) @{fuse_mount} -> @{HOME}/**/,
+  mount fstype=@{fuse_types} options=(nosuid,nodev) options in (ro,rw) /dev/fuse -> /mnt/{,**/},
+  mount fstype=fuse.* options=(nosuid,nodev) -> /media/**/,
+  mount fstype=fuse.* -> /tmp/**/,
+  mount fstype=fuse.* -> /run/user/[0-9]*/**/,
+  # mount fstype=fuse.* -> /srv/**/,
+  include if exists <local/fusermount3>
+}
+"""
+
+
+class TestAppArmor:
+    def facts(self, without: Callable[..., None], local: str | None = None) -> None:
+        without(
+            {
+                "/etc/apparmor.d/fusermount3": UBUNTU,
+                "/etc/apparmor.d/local/fusermount3": local,
+                "/sys/kernel/security/apparmor/profiles": "fusermount3 (enforce)\nman (enforce)\n",
+            }
+        )
+
+    @pytest.mark.parametrize(
+        "place", ["/home/me/models", "/root/m", "/mnt/models", "/mnt", "/media/me/usb/m", "/tmp/m"]
+    )
+    def test_where_it_lets_users_mount(self, without: Callable[..., None], place: str) -> None:
+        self.facts(without)
+        assert of(findings.confined(Path(place)), "AppArmor").state == "ok"
+
+    @pytest.mark.parametrize("user", [0, 1000])
+    @pytest.mark.parametrize("place", ["/data/m", "/srv/models", "/opt/ComfyUI/models", "/home", "/mntx/a", "/tmp"])
+    def test_where_it_does_not(self, without: Callable[..., None], monkeypatch: Patch, place: str, user: int) -> None:
+        self.facts(without)
+        monkeypatch.setattr(os, "geteuid", lambda: user)
+        found = of(findings.confined(Path(place)), "AppArmor")
+        assert found.state == ("bad" if user else "note")
+        assert "/etc/apparmor.d/fusermount3" in found.found
+        assert "/etc/apparmor.d/local/fusermount3" in found.remedy
+        error = _libfuse_error(1, f"fusermount3: mount failed: Permission denied: {place}", Path(place))
+        assert ("local/fusermount3" in str(error)) == bool(user)
+
+    def test_what_was_added_counts(self, without: Callable[..., None]) -> None:
+        self.facts(without, "  mount fstype=fuse.* -> /data/**/,\n")
+        assert of(findings.confined(Path("/data/m")), "AppArmor").state == "ok"
+
+    def test_without_it(self, without: Callable[..., None]) -> None:
+        without({"/etc/apparmor.d/fusermount3": None, "/sys/kernel/security/apparmor/profiles": None})
+        assert not list(findings.confined(Path("/data/m")))
+
+
+def test_a_store_on_a_filesystem_without_locks(filled: Filled, monkeypatch: Patch) -> None:
+    def refuse(fd: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    filled.dehydrate()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    found = of(findings.store(filled.root), "locks")
+    assert found.state == "bad"
+    assert "mount it with flock" in found.remedy

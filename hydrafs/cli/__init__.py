@@ -31,6 +31,7 @@ _COMMANDS = {
     "hashes": "The models' known hashes; tells them to WebUIs.",
     "import": "Store a diff of the tool that hydrafs grew from as one of ours.",
     "info": "What a model is made of, per tensor.",
+    "log": "What a mount has said.",
     "ls": "What a store holds, at what cost, against what.",
     "merge": "Make a model out of two or three others.",
     "mount": "Show a store as the full files that it stands for.",

@@ -24,11 +24,12 @@ from typing import Any
 
 import msgspec
 
+from hydrafs import apparmor
 from hydrafs.child import ask_filesystems
 from hydrafs.cli.common import daemon_at, human, kept_line, leftovers
 from hydrafs.codecs import rans
 from hydrafs.digests import twins_available
-from hydrafs.errors import HydraError
+from hydrafs.errors import HydraError, NoLocks
 from hydrafs.libfuse import MAX_READ_NBYTES, load_binding
 from hydrafs.mountpoints import READAHEAD_KIB, all_mounts, our_mounts, wait_until_answers
 from hydrafs.needs import census
@@ -228,6 +229,21 @@ def _helpers() -> Iterator[Finding]:
         yield Finding("mount -t hydrafs", "ok", "no /sbin/mount.hydrafs", remedy)
 
 
+def confined(mountpoint: Path | None) -> Iterator[Finding]:
+    """What AppArmor lets a user's mount be; of ``mountpoint`` (resolved), where one is meant."""
+    if not apparmor.is_confined():
+        return
+    where = f"{apparmor.PROFILE} lets users mount in some folders only"
+    if mountpoint is None:
+        yield Finding("AppArmor", "ok", where, apparmor.REMEDY)
+    elif apparmor.is_allowed(mountpoint):
+        yield Finding("AppArmor", "ok", f"{apparmor.PROFILE} lets users mount at {mountpoint}")
+    elif os.geteuid() == 0:
+        yield Finding("AppArmor", "note", f"{where}: not at {mountpoint}, where root can", apparmor.REMEDY)
+    else:
+        yield Finding("AppArmor", "bad", f"{where}: not at {mountpoint}", apparmor.REMEDY)
+
+
 def limits() -> Iterator[Finding]:
     """Open files and memory."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -409,6 +425,10 @@ def _disk(opened: Store) -> Iterator[Finding]:
         yield Finding("disk space", "ok", found)
     if disk.f_files and disk.f_favail < 1000:
         yield Finding("inodes", "note", f"{disk.f_favail} free", "free some: each diff takes one")
+    try:
+        opened.check_locks()
+    except NoLocks as error:
+        yield Finding("locks", "bad", f"this filesystem has none ({error.detail})", error.remedy)
     above = [m for m in all_mounts() if root.is_relative_to(m.mountpoint)]
     kind = max(above, key=lambda m: len(m.mountpoint.parts)).fstype if above else "unknown"
     if kind in _SLOW_FILESYSTEMS:
