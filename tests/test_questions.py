@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import stat
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,14 +243,19 @@ what it takes are not among them."""
 @pytest.fixture(params=SCENES)
 def world(request: pytest.FixtureRequest, tmp_path: Path, models: ModelMaker, monkeypatch: pytest.MonkeyPatch) -> World:
     world = World(tmp_path / "top", models)
+    _alone(world, monkeypatch)
+    SCENES[request.param](world, models)
+    return world
+
+
+def _alone(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in reach but this world."""
     for name, folder in (("HOME", "."), ("XDG_CACHE_HOME", ".cache"), ("XDG_STATE_HOME", ".state")):
         monkeypatch.setenv(name, str(world.home / folder))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(world.home / "run"))
     monkeypatch.chdir(world.outside)
     for module in ("common", "findings", "warm"):  # whatever else is mounted on this machine
         monkeypatch.setattr(f"hydrafs.cli.{module}.our_mounts", list)
-    SCENES[request.param](world, models)
-    return world
 
 
 def _run(world: World, line: str, capsys: Capture) -> int:
@@ -296,6 +302,34 @@ def test_questions_leave_no_trace(world: World, capsys: Capture, caplog: pytest.
 def test_what_is_refused_leaves_no_trace(world: World, capsys: Capture, caplog: pytest.LogCaptureFixture) -> None:
     del caplog
     _leave_no_trace(world, REFUSED, capsys, refused=True)
+
+
+def test_a_store_that_cannot_be_written(
+    tmp_path: Path,
+    models: ModelMaker,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Questions are answered as where it can be written to, and whatever acts is refused."""
+    del caplog
+    world = World(tmp_path / "top", models).dehydrated(models)
+    _alone(world, monkeypatch)
+    asked = [line for line in QUESTIONS if line.split(" ", 1)[0] in _COMMANDS]
+    codes = {line: _run(world, line, capsys) for line in asked}
+    done = subprocess.run(["mount", "--bind", "-o", "ro", world.store, world.store], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", world.store], check=True)
+        before = everything(world.top)
+        assert {line: _run(world, line, capsys) for line in asked} == codes
+        for line in (*REFUSED, "dehydrate {store}/inner/tuned.safetensors", "rm {store}/recent.safetensors"):
+            if line.split(" ", 1)[0] in _COMMANDS:
+                _run(world, line, capsys)
+        assert not changed(before, everything(world.top))
+    finally:
+        subprocess.run(["umount", "-l", world.store], check=True)
 
 
 def test_every_command_is_asked() -> None:
