@@ -334,6 +334,19 @@ class Catalog:
         except msgspec.DecodeError:
             return None
 
+    def diffs_elsewhere(self, device: int) -> list[tuple[Path, int, DiffRecord]]:
+        """The diffs that were seen on other devices than ``device``: where, on which, and what they are."""
+        rows: list[tuple[bytes, int, bytes]] = []
+        with self._cursor() as database:
+            rows = database.execute(
+                "SELECT path, device, record FROM diffs WHERE device != ?", (signed64(device),)
+            ).fetchall()
+        found = []
+        for key, other, record in rows:
+            with contextlib.suppress(msgspec.DecodeError, TypeError):
+                found.append((self._place(key), other, msgspec.msgpack.decode(record, type=DiffRecord)))
+        return found
+
     def remember_diff(self, path: Path, identity: FileIdentity, record: DiffRecord) -> None:
         """Keep what the diff of this identity stands for and needs."""
         with self._cursor() as database:

@@ -3,7 +3,8 @@
 Rule 1: a diff's manifest is read once; what it needs is in the catalog, with the identity of the diff.
 Rule 2: every diff counts: listed, hidden by a plain file of its name, in the trash, and kept for others (``held``,
         ``retired``).
-Rule 3: what could not be listed or read is told with what was found: nobody knows what that needs.
+Rule 3: a diff that was seen on a disk that is not there now still counts.
+Rule 4: what could not be listed or read is told with what was found: nobody knows what that needs.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hydrafs.catalog import DiffRecord
+from hydrafs.catalog import DiffRecord, signed64
 from hydrafs.diff import SUFFIX, DiffFile
 from hydrafs.errors import HydraError
 from hydrafs.identity import FileIdentity
@@ -105,6 +106,8 @@ def census(store: Store, without: Path | None = None) -> Census:
             record = _record(store, path, troubles)
             if record is not None:
                 count(record, name)
+    for name, record in _away(store):
+        count(record, name)
     for entry in list_folder(store.trash, report=troubles.append).files:
         if entry.name.endswith(SUFFIX) and Path(entry.path) != without:
             record = _record(store, Path(entry.path), troubles)
@@ -122,6 +125,30 @@ def census(store: Store, without: Path | None = None) -> Census:
             count(kept.pop(sha256), "")
             grown = True
     return Census(found, tuple(troubles))
+
+
+def _away(store: Store) -> list[tuple[str, DiffRecord]]:
+    """The diffs of a disk that is not there now: of a mount in the store, or behind a link of it. They were seen there,
+    and the folder where they were is not on that disk any more, so nobody has deleted them."""
+    try:
+        device = os.stat(store.root).st_dev
+        elsewhere = store.catalog.diffs_elsewhere(device)
+    except OSError:
+        return []
+    found = []
+    for path, its_device, record in elsewhere:
+        if path.is_relative_to(store.root) and not os.path.lexists(path):
+            now = next((stat for folder in path.parents if (stat := _stat(folder)) is not None), None)
+            if now is None or signed64(now.st_dev) != its_device:
+                found.append((store.relative(path.with_name(listed_name(path.name))), record))
+    return found
+
+
+def _stat(folder: Path) -> os.stat_result | None:
+    try:
+        return os.stat(folder)
+    except OSError:
+        return None
 
 
 def _record(store: Store, path: Path, troubles: list[Trouble]) -> DiffRecord | None:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -324,3 +325,28 @@ def test_a_listing_of_kept_links_that_changes_meanwhile(family: Family, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(os, "scandir", None)  # a file with one name is not looked for
         assert links.count(lone.stat()) == 0
+
+
+@pytest.mark.skipif(
+    not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev, reason="needs two devices"
+)
+def test_diffs_of_a_disk_that_is_not_there(family: Family) -> None:  # noqa: F811
+    """A link of the store leads to another disk, which is unplugged when a base goes; what is deleted there is gone."""
+    disk = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    try:
+        (disk / "mounted").mkdir()
+        family.path("more").symlink_to(disk / "mounted")
+        for path in list(family.root.glob("*.hydra")):
+            shutil.move(path, disk / "mounted" / path.name)
+        assert len(needs.census(family.store).needs) == 1
+        (disk / "mounted").rename(disk / "away")
+        keeping.remove_model(family.store, family.path(BASE))
+        assert not tending.collect(family.store).removed
+        shutil.rmtree(family.store.held)
+        (disk / "away").rename(disk / "mounted")
+        assert read_model(family.store, family.path("more") / TUNED) == family.originals[TUNED]
+        for path in (disk / "mounted").iterdir():
+            path.unlink()
+        assert tending.collect(family.store).removed
+    finally:
+        shutil.rmtree(disk)
