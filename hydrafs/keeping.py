@@ -293,6 +293,11 @@ def _is_kept(store: Store, here: os.stat_result, target: Path, digest: bytes | N
 # Names
 
 
+_SHORT_NAME_NBYTES = 100
+"""Any filesystem takes names of so many bytes."""
+_SHORT_PATH_NBYTES = 4000
+
+
 def lstat(path: Path) -> os.stat_result | None:
     """lstat(2); ``None`` where nothing stands."""
     try:
@@ -300,9 +305,16 @@ def lstat(path: Path) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # a name that has no room for the ending has no diff
+        if error.errno == errno.ENAMETOOLONG and _has_no_room(path):
             return None
         raise
+
+
+def _has_no_room(path: Path) -> bool:
+    """Whether a diff cannot stand here, because the name has no room for the ending; of a short one it is doubtful."""
+    return path.name.endswith(SUFFIX) and (
+        len(os.fsencode(path.name)) > _SHORT_NAME_NBYTES or len(os.fsencode(path)) > _SHORT_PATH_NBYTES
+    )
 
 
 def diff_of(path: Path) -> Path:

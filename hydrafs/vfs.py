@@ -129,7 +129,7 @@ class StoreTree:
                 recover(self.store)
             except NoLocks as error:
                 log.warning("models can be read, and what needs a lock is refused: %s", error)
-            except HydraError as error:
+            except (HydraError, OSError) as error:
                 log.error("what a killed process began waits for the next start: %s", error)
         self.store.always_protect = self._protect
         self.store.reload()

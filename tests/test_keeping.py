@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -305,6 +307,24 @@ class TestRenaming:
         assert family.read("base.safetensors") == family.originals["tuned0.safetensors"]
         family.check(but=("base.safetensors", "tuned0.safetensors"))
         assert not list(family.store.private.glob("renaming-*"))
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES])
+    @pytest.mark.parametrize("name", ["base.safetensors", "base.safetensors.hydra", "tuned0.safetensors.hydra"])
+    def test_a_name_that_cannot_be_looked_at_is_not_free(
+        self, family: Family, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+    ) -> None:
+        look = os.lstat
+
+        def lstat(path: str | Path) -> os.stat_result:
+            if os.fspath(path) == os.fspath(family.path(name)):
+                raise OSError(number, os.strerror(number), os.fspath(path))
+            return look(path)
+
+        monkeypatch.setattr("hydrafs.keeping.os.lstat", lstat)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            renaming.rename_model(family.store, family.path("tuned0.safetensors"), family.path("base.safetensors"))
+        monkeypatch.undo()
+        family.check()
 
     def test_a_plain_file_over_a_diff(self, family: Family) -> None:
         new = family.path("new.safetensors")
