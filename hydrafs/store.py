@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
-import stat as stat_module
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
@@ -22,8 +20,9 @@ from hydrafs.catalog import Catalog
 from hydrafs.covered import catalog_of, is_covered, named, real_path
 from hydrafs.diff import SUFFIX, Trailer, read_trailer
 from hydrafs.errors import HydraError, NoSpace, NotFound, UsageError, from_oserror
+from hydrafs.marks import PRIVATE, find_root, is_marked
 from hydrafs.mounttable import fuse_mountpoints
-from hydrafs.root_identity import MARK, RootIdentity
+from hydrafs.root_identity import RootIdentity
 from hydrafs.store_lock import StoreLock
 from hydrafs.temporary import TemporaryFile
 from hydrafs.walk import Folder, Report, walk
@@ -33,7 +32,9 @@ if sys.version_info >= (3, 11):
 else:  # pragma: no cover - depends on the interpreter
     import tomli as tomllib
 
-PRIVATE = ".hydrafs"
+__all__ = ["MODEL_SUFFIXES", "PRIVATE", "ModelEntry", "Store", "find_root", "is_marked", "is_private", "leads_into",
+           "listed_name", "looks_like_model", "trailer_of"]  # fmt: skip
+
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
 _MAX_LINKS = 40  # as path_resolution(7) has it
 _LOOKER_SECONDS = 2.0
@@ -61,62 +62,6 @@ def looks_like_model(name: str) -> bool:
 def listed_name(name: str) -> str:
     """The name that a file is listed under: without the ending where it is a diff's."""
     return name[: -len(SUFFIX)] if name.endswith(SUFFIX) and len(name) > len(SUFFIX) else name
-
-
-_MARKS = (MARK, "config.toml", "catalog.sqlite", "held", "retired", "trash")
-"""What hydrafs keeps in ``.hydrafs``: a folder that holds none of it is not hydrafs' own."""
-_PRECIOUS = ("held", "retired", "trash")
-
-
-def find_root(path: Path) -> Path | None:
-    """The store that ``path`` is in: the nearest marked folder, it or one above it (``is_marked``).
-
-    From below, ``/`` and a home are a store only where their ``.hydrafs`` keeps models for others or a configuration:
-    a mark that got there by accident would make one store of everything.
-    """
-    for folder in (path, *path.parents):
-        if is_marked(folder) and (folder == path or not _is_everything(folder) or _is_kept_in(folder)):
-            return folder
-    return None
-
-
-def is_marked(folder: Path) -> bool:
-    """Whether a folder is a store: its ``.hydrafs`` is a real folder with something of hydrafs' own in it, or an empty
-    one, as who marks a store by hand makes it. Where anybody may put files, it must be the user's, or root's, or be of
-    who owns the folder."""
-    private = folder / PRIVATE
-    try:
-        stat = os.lstat(private)
-        if not stat_module.S_ISDIR(stat.st_mode):
-            return False
-        above = os.stat(folder)
-        if above.st_mode & stat_module.S_IWOTH and stat.st_uid not in (0, os.geteuid(), above.st_uid):
-            return False
-        names = os.listdir(private)
-        return not names or any(name in _MARKS for name in names)
-    except OSError:
-        return False
-
-
-def _is_everything(folder: Path) -> bool:
-    """Whether a folder is the top of the tree, or somebody's home."""
-    if folder == folder.parent:
-        return True
-    homes = {os.path.expanduser("~")}
-    with contextlib.suppress(KeyError, OSError):
-        homes.add(pwd.getpwuid(os.stat(folder).st_uid).pw_dir)
-    return any(os.path.realpath(home) == os.fspath(folder) for home in homes)
-
-
-def _is_kept_in(folder: Path) -> bool:
-    """Whether the store ``folder`` keeps models for others, or was configured."""
-    if (folder / PRIVATE / "config.toml").is_file():
-        return True
-    for name in _PRECIOUS:
-        with contextlib.suppress(OSError):
-            if os.listdir(folder / PRIVATE / name):
-                return True
-    return False
 
 
 def leads_into(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
