@@ -38,10 +38,14 @@ class Entry:
     numbers: Mapping[str, int]
 
     def is_at(self, key: str, path: Path) -> bool:
-        """Whether the file that ``marks`` was given as ``key`` stands at ``path``, as it was."""
+        """Whether the file that ``marks`` was given as ``key`` stands at ``path``, as it was.
+
+        Raises:
+            OSError: nobody can tell now, so the entry must stay.
+        """
         try:
             found = marks(key, os.lstat(path))
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         # An entry of before has the inode number only.
         return key in self.numbers and all(self.numbers.get(k, v) == v for k, v in found.items())

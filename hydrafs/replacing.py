@@ -138,10 +138,10 @@ class Original:
         """The original stays: nobody wants the diff behind it. Where it does not stand under its name, or nobody can
         tell, the diff is all that the model has, or the next start decides."""
         try:
-            stands = lstat(self.model) is not None
+            stands = lstat(self.model) is not None and self.entry.is_at("diff", self.diff)
         except OSError:
             return
-        if stands and not self.had_diff and self.entry.is_at("diff", self.diff):
+        if stands and not self.had_diff:
             _take_back(self.store, self.entry)
 
     def go(self, check: Callable[[], None], last: Callable[[], None]) -> bool:

@@ -99,9 +99,11 @@ class TemporaryFile:
                 except FileExistsError:
                     raise
                 except OSError:
-                    if os.path.lexists(target):
+                    if not os.path.lexists(target):
+                        self.path.rename(target)
+                    elif not os.path.samestat(os.lstat(target), os.fstat(self.file.fileno())):
                         raise FileExistsError(17, "File exists", os.fspath(target)) from None
-                    self.path.rename(target)
+                    # else it was done, and the answer got lost
                 else:
                     with contextlib.suppress(OSError):  # it is tried again at the end, and by the next run
                         self.path.unlink()

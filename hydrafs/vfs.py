@@ -122,6 +122,13 @@ class StoreTree:
             cover(descriptor, self._root)
             self._root = descriptor
         self.store = self._open_store(os.access(self._root, os.W_OK))
+        try:
+            self._start()
+        except BaseException:
+            self.store.close()
+            raise
+
+    def _start(self) -> None:
         self.store.off_limits = self._mountpoint
         self.store.lock_seconds = _STORE_LOCK_SECONDS
         if os.access(self._root, os.W_OK) and not self.read_only:

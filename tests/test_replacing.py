@@ -11,25 +11,29 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ModelMaker
 from test_keeping import read_model
 
-from hydrafs import tending
+from hydrafs import journal, tending
 from hydrafs.dehydrate import Options, dehydrate
-from hydrafs.errors import Changing, HydraError
+from hydrafs.errors import AlreadyThere, Changing, HydraError
 from hydrafs.restore import rehydrate
 from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile
 
 SECONDS = 60.0
 
 _WORKER = """
 import contextlib, os, signal, sys
 from pathlib import Path
+from typing import Any
 from hydrafs import replacing
 from hydrafs.policy import Policy
 from hydrafs.store import Store
+from hydrafs.temporary import TemporaryFile
 from hydrafs.worker import Worker
 
 owner, name = (replacing.Original, "go") if sys.argv[2] == "before" else (replacing, "_is_unchanged")
@@ -281,3 +285,45 @@ def _fails(number: int) -> Callable[..., None]:
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ELOOP, errno.ESTALE, errno.ENOMEM])
+def test_what_cannot_be_looked_at_is_not_ended(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A start that cannot tell where a diff stands leaves the journal to the next one."""
+    dehydrate(scene.store, scene.tuned, Options(keep=True))
+    marks = {**journal.marks("diff", scene.diff.stat()), **journal.marks("plain", scene.tuned.stat())}
+    entry = journal.write(scene.store, "file-over-diff", {"name": scene.tuned}, marks)
+    look = os.lstat
+
+    def lstat(path: str | Path) -> os.stat_result:
+        if os.fspath(path) == os.fspath(scene.diff):
+            _fails(number)()
+        return look(path)
+
+    monkeypatch.setattr("hydrafs.journal.os.lstat", lstat)
+    tending.start(scene.store)
+    assert entry.path.exists()
+    monkeypatch.undo()
+    tending.start(scene.store)
+    assert not entry.path.exists()
+    assert scene.names() == ["base.safetensors", "tuned.safetensors"]
+
+
+def test_a_link_of_which_the_answer_got_lost(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def late(*args: Any, **kwargs: Any) -> None:
+        link(*args, **kwargs)
+        _fails(errno.EIO)()
+
+    monkeypatch.setattr("hydrafs.temporary.os.link", late)
+    with TemporaryFile(scene.root) as temporary:
+        temporary.file.write(b"content")
+        temporary.commit(scene.root / "new.bin")
+        with TemporaryFile(scene.root) as other, pytest.raises(AlreadyThere):
+            other.commit(scene.root / "new.bin")
+    monkeypatch.undo()
+    assert (scene.root / "new.bin").read_bytes() == b"content"
+    assert scene.names() == ["base.safetensors", "new.bin", "tuned.safetensors"]
