@@ -15,6 +15,7 @@ from hydrafs import keeping
 from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError, from_oserror
+from hydrafs.held import is_clone
 from hydrafs.keptlinks import KeptLinks
 from hydrafs.needs import Census, Need, census, diffs, record_of
 from hydrafs.opening import Opener
@@ -127,6 +128,8 @@ def _may_be(store: Store, path: Path, needed: dict[bytes, Need]) -> bool:
 
 def _freed(path: Path, going: list[Path]) -> int:
     stat = os.lstat(path)
+    if any(is_clone(path, os.lstat(p)) for p in going if p != path):
+        return 0  # the other one of the two gives the space back
     links = [p for p in going if os.path.samestat(os.lstat(p), stat)]
     return stat.st_size if len(links) == stat.st_nlink and links[0] == path else 0
 

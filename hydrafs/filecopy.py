@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydrafs.temporary import TemporaryFile
 
-__all__ = ["copy_attributes", "copy_into"]
+__all__ = ["copy_attributes", "copy_into", "reflink"]
 
 _FICLONE = 0x40049409
 _COPY_NBYTES = 8 << 20
@@ -29,9 +29,7 @@ def copy_into(temporary: TemporaryFile, path: Path) -> os.stat_result:
     fd = temporary.file.fileno()
     with open(path, "rb", buffering=0) as source:
         stat = os.fstat(source.fileno())
-        try:
-            fcntl.ioctl(fd, _FICLONE, source.fileno())
-        except OSError:
+        if not reflink(source.fileno(), fd):
             offset = 0
             while count := _copy_some(source.fileno(), fd, offset):
                 offset += count
@@ -39,6 +37,16 @@ def copy_into(temporary: TemporaryFile, path: Path) -> os.stat_result:
     os.utime(fd, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     temporary.flush_to_disk()
     return stat
+
+
+def reflink(source: int, target: int) -> bool:
+    """Give the open file ``target`` the content of ``source``, sharing what is on the disk: what is written to one of
+    them later is not in the other (ioctl_ficlone(2)). Whether the filesystem can; it copies nothing."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError:
+        return False
+    return True
 
 
 def _copy_some(source: int, to: int, offset: int) -> int:

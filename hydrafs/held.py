@@ -1,6 +1,9 @@
 """Links by which hydrafs keeps a file: ``.hydrafs/held``, for parents in use, and ``.hydrafs/retired``.
 
-Rule: a place promises nothing of what is in it: who opens a parent proves it, wherever it stands.
+Rule 1: a place promises nothing of what is in it: who opens a parent proves it, wherever it stands.
+Rule 2: where the filesystem shares content between files (btrfs, XFS), what is held is a clone of the parent, made
+        while nobody could write to it: what is written in place to the parent later does not reach it. Elsewhere it is
+        a link.
 """
 
 from __future__ import annotations
@@ -14,26 +17,33 @@ from pathlib import Path
 
 from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX
+from hydrafs.errors import HydraError
+from hydrafs.filecopy import copy_attributes, reflink
 from hydrafs.identity import FileIdentity, probe
 from hydrafs.layout import FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.manifest import Parent
 from hydrafs.needs import Census
 from hydrafs.store import Store
-from hydrafs.temporary import TEMPORARY
+from hydrafs.temporary import TEMPORARY, TemporaryFile
 from hydrafs.walk import list_folder
 
 __all__ = [
     "UNHASHED",
     "carried",
     "hold",
+    "is_clone",
     "is_parent",
     "is_proven",
     "let_go",
     "link_over",
     "links_of",
     "place_of",
+    "takes_no_space",
     "unhashed",
 ]
+
+_CLONE_OF = "user.hydrafs.clone-of"
 
 log = logging.getLogger(__name__)
 
@@ -71,16 +81,19 @@ def is_parent(store: Store, path: Path, parent: Parent) -> bool:
 
 
 def hold(store: Store, path: Path, sha256: bytes) -> bool:
-    """Give the parent at ``path`` a second link under ``Store.held``, so that it outlives its name.
+    """Give the parent at ``path`` a clone or a second link under ``Store.held``, so that it outlives its name.
 
     Returns:
-        Whether a link is there; not where the filesystem is another one, or has no links, or forbids it.
+        Whether it is there; not where the filesystem is another one, or has no links, or forbids it.
     """
     is_diff = path.name.endswith(SUFFIX)
     target = place_of(store.held, sha256, is_diff=is_diff)
     source = real_path(path)
     try:
         store.held.mkdir(parents=True, exist_ok=True)
+        ours = _is_in(source, store.held) or _is_in(source, store.retired)
+        if not is_diff and not ours and is_proven(store, path, sha256) and _clone_over(store, source, target, sha256):
+            return True
         if os.path.lexists(target):
             if os.path.samestat(os.stat(source), os.lstat(target)):
                 return True
@@ -92,6 +105,57 @@ def hold(store: Store, path: Path, sha256: bytes) -> bool:
         log.debug("%s is not held: %s", path, error)
         return False
     return True
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path.parent), os.stat(folder))
+    return False
+
+
+def _clone_over(store: Store, source: Path, target: Path, sha256: bytes) -> bool:
+    """``target`` is a clone of ``source``; not where the filesystem has none, or somebody can write to ``source``."""
+    if is_clone(target, os.stat(source)) and is_proven(store, target, sha256):
+        return True
+    try:
+        with contextlib.closing(QuietFile(source)) as file, TemporaryFile(target.parent) as temporary:
+            fd = temporary.file.fileno()
+            if not reflink(file.fd, fd):
+                return False
+            copy_attributes(fd, source, file.stat)
+            os.utime(fd, ns=(file.stat.st_atime_ns, file.stat.st_mtime_ns))
+            os.setxattr(fd, _CLONE_OF, _number_of(file.stat))
+            temporary.flush_to_disk()
+            file.quiet.check(look=True)
+            if not is_proven(store, source, sha256) or FileIdentity.of(os.fstat(file.fd)) != FileIdentity.of(file.stat):
+                return False
+            temporary.commit(target, replace=True)
+            store.catalog.remember_sha256(target, FileIdentity.of(os.stat(target)), sha256)
+    except (OSError, HydraError) as error:
+        log.debug("%s is not cloned: %s", source, error)
+        return False
+    return True
+
+
+def is_clone(path: Path, stat: os.stat_result) -> bool:
+    """Whether the held file at ``path`` was made as a clone of the file that ``stat`` is of: it takes no space beside
+    that."""
+    with contextlib.suppress(OSError):
+        return os.getxattr(path, _CLONE_OF) == _number_of(stat)
+    return False
+
+
+def takes_no_space(store: Store, path: Path, sha256: bytes) -> bool:
+    """Whether a held file is a clone of one that stands elsewhere, listed or retired, as it was when it was cloned."""
+    for place in (place_of(store.retired, sha256, is_diff=False), *store.paths_of(sha256)):
+        with contextlib.suppress(OSError):
+            if is_clone(path, os.lstat(place)):
+                return True
+    return False
+
+
+def _number_of(stat: os.stat_result) -> bytes:
+    return f"{stat.st_ino} {stat.st_size} {stat.st_mtime_ns}".encode()
 
 
 def link_over(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from hydrafs import trash
 from hydrafs.cache import ChunkCache
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import HydraError
+from hydrafs.held import takes_no_space
 from hydrafs.keeping import is_parent, place_of
 from hydrafs.needs import Census, Need, kept_diffs, record_of
 from hydrafs.opening import Opener
@@ -68,6 +69,8 @@ def kept(store: Store, census: Census, trouble: Report | None = None) -> list[Ke
     found = []
     for names in links.values():
         path, stat = names[0]
+        if path.parent == store.held and takes_no_space(store, path, _sha256_of(path)):
+            continue
         if stat.st_nlink <= len(names):  # else it is listed, or somebody else's as well
             found.append(_kept(path, stat, census, through, in_trash.get(path, "")))
     return found
