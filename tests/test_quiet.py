@@ -672,7 +672,7 @@ class TestMounted:
         self, filled: Filled, mounted: Mounted, models: ModelMaker
     ) -> None:
         live = mounted(Library(filled.root, {}), "--dehydrate", "auto", "--settle", "0", "--min-size", "1k")
-        live.may_log("went away|changed|no such")
+        live.may_log("(?i)went away|changed|no such")
         for number in range(6):
             folder = live.path / f"run{number}"
             models.save(folder / "model.safetensors", models.tuned("fp16"))
