@@ -274,9 +274,10 @@ def unmount(mountpoint: str | os.PathLike[str], *, lazy: bool = False) -> None:
     try:
         _unmount_path(path, lazy=lazy)
     except MountFailed:
-        if lazy or not _is_dead(path):
+        if lazy:
             raise
-        _unmount_path(path, lazy=True)
+        # Once more also where it lives: a file that was closed a moment ago may have been what it was busy with.
+        _unmount_path(path, lazy=_is_dead(path))
 
 
 def _unmount_path(path: Path, *, lazy: bool) -> None:
