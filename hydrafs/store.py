@@ -127,7 +127,7 @@ class Store:
         """
         path = Path(root).expanduser()
         try:
-            self.root = Path(os.path.abspath(path)) if is_covered(path) else path.resolve(strict=True)
+            self.root = Path(os.path.abspath(path) if is_covered(path) else os.path.realpath(path, strict=True))
             if not self.root.is_dir():
                 raise UsageError("a store is a folder", where=path, remedy="name the folder that holds the models")
             os.scandir(self.root).close()

@@ -229,7 +229,7 @@ def test_the_daemon_leaves_no_file_open(live: Mount) -> None:
         for fd in Path(f"/proc/{live.pid}/fd").iterdir():
             with contextlib.suppress(FileNotFoundError):
                 links.append(os.readlink(fd))
-        return [link for link in links if link.startswith(str(live.root)) and "/.hydrafs/" not in link]
+        return [link for link in links if link.startswith(f"{live.root}/") and "/.hydrafs/" not in link]
 
     assert eventually(lambda: not still_open()), still_open()
 

@@ -169,3 +169,9 @@ class TestCatalogThatIsLookedAt:
             catalog.remember_sha256(Path("/a"), self.identity(1), b"a" * 32)
             assert catalog.sha256(Path("/a"), self.identity(1)) == b"a" * 32
         assert (path.read_bytes() if path.exists() else None) == content
+
+
+def test_a_store_that_leads_to_itself_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(HydraError, match="cannot open the store"):
+        Store(tmp_path / "loop")
