@@ -61,7 +61,7 @@ def contents(store: Store) -> Contents:
 
 NAMES = ("base", "other-base", "tuned0", "tuned1", "tuned2", "child", "fresh")
 REMOVED = {
-    "collect": ["child", "tuned0", "tuned1", "tuned2", "base"],
+    "collect": ["base", "child", "tuned0", "tuned1", "tuned2"],
     "collect a retired diff and what it needs": ["tuned0", "base", "child", "tuned1", "tuned2"],
     "collect with dependents of a retired diff": ["tuned0"],
     "rehome": ["base", "child", "tuned1", "tuned2"],

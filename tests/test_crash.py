@@ -55,7 +55,8 @@ def kills(template: Path, scratch: Path, scenario: str, mode: str, first: int, s
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_killed_at_some_instants(template: Path, tmp_path: Path, scenario: str) -> None:
-    assert kills(template, tmp_path, scenario, "before", 2, 4, 6) >= 1
+    first = 1 if scenario == "remove the last" else 2  # it is one unlink, and there is no second instant
+    assert kills(template, tmp_path, scenario, "before", first, 4, 6) >= 1
 
 
 @pytest.mark.parametrize("scenario", ["a worker's step", "overwrite a diff that is a parent", "write into a diff"])
