@@ -18,7 +18,7 @@ from hydrafs.identity import FileIdentity
 from hydrafs.keeping import KeptLinks
 from hydrafs.policy import Policy
 from hydrafs.store import Store, listed_name, looks_like_model
-from hydrafs.suspect import Suspects
+from hydrafs.suspect import Suspects, why_elsewhere
 
 __all__ = ["PlainModel", "Survey", "survey"]
 
@@ -135,6 +135,10 @@ class _Look:
         suspicion = self.suspects.of(path)
         if suspicion is not None and not policy.asks(name, suspicion.folder):
             return suspicion.reason
+        # Its parents would be kept here, where nobody sees that it needs them while its disk is away.
+        elsewhere = why_elsewhere(self._store, path)
+        if elsewhere and not any(policy.asks(name, folder) for folder in ("", *name.split("/")[:-1])):
+            return elsewhere
         if not _has_room_for_ending(path):
             return f"its name has no room for the ending {SUFFIX}"
         names = [other for other in self.names.get((stat.st_dev, stat.st_ino), ()) if other != name]

@@ -25,7 +25,7 @@ from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
 from hydrafs.store import Store, listed_name
 
-__all__ = ["Suspects", "Suspicion", "why_not_held"]
+__all__ = ["Suspects", "Suspicion", "why_elsewhere", "why_not_held"]
 
 _FOLDERS = {
     "a trash folder": (
@@ -202,14 +202,27 @@ def why_not_held(store: Store, path: Path) -> str:
     """Why the file at ``path`` can have no second link in the store (``hydrafs.keeping``), as far as that is known
     without making one; empty where it can. Nothing keeps such a parent when its name goes."""
     real = real_path(path)
+    elsewhere = why_elsewhere(store, real)
+    if elsewhere:
+        return elsewhere
     try:
         stat = os.stat(real)
-        ours = os.stat(store.private if store.private.is_dir() else store.root)
-        if stat.st_dev != ours.st_dev or _mount_of(real) != _mount_of(store.root):
-            return "it is on another filesystem"
     except OSError as error:
         return f"it cannot be looked at ({error.strerror})"
     return "" if _may_be_linked(real, stat) else "it belongs to another user, and must not be linked"
+
+
+def why_elsewhere(store: Store, path: Path) -> str:
+    """Why the file at ``path`` may go away without the rest of the store, or the store without it; empty where it is on
+    the store's own filesystem."""
+    real = real_path(path)
+    try:
+        ours = os.stat(store.private if store.private.is_dir() else store.root)
+        if os.stat(real).st_dev != ours.st_dev or _mount_of(real) != _mount_of(store.root):
+            return "it is on another filesystem"
+    except OSError as error:
+        return f"it cannot be looked at ({error.strerror})"
+    return ""
 
 
 def _mount_of(path: Path) -> str:

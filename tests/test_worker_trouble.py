@@ -476,6 +476,37 @@ class TestLeftWhole:
             subprocess.run(["umount", "-l", stick], check=True)
         assert scene.tuned.read_bytes() == scene.data
 
+    @pytest.mark.parametrize("kind", ["mounted", "bound", "linked to"])
+    def test_a_model_on_another_filesystem(self, scene: Many, tmp_path: Path, kind: str) -> None:
+        stick = scene.root / "stick"
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        if kind == "linked to":
+            stick.symlink_to(disk)
+        else:
+            stick.mkdir()
+        target = disk if kind == "linked to" else stick
+        how = ["--bind", disk] if kind == "bound" else ["-t", "tmpfs", "none"]
+        subprocess.run(["mount", *how, target], check=True)
+        try:
+            model = stick / "tuned.safetensors"
+            model.write_bytes(scene.data)
+            scene.tuned.unlink()
+            assert scene.rest() == ["zz.safetensors"]
+            assert model.read_bytes() == scene.data
+            whole = dict(scene.worker._work.whole)
+            assert "another filesystem" in whole["stick/tuned.safetensors"]
+            asked = Worker(
+                scene.store,
+                Policy(settle_seconds=0, min_nbytes=1, include=("stick/*",)),
+                clock=lambda: scene.now + 10_000,
+            )
+            asked.step()
+            stored = model.with_name("tuned.safetensors.hydra").exists()
+            assert stored == (kind != "linked to"), "asked for by its folder; a link keeps it whole all the same"
+        finally:
+            subprocess.run(["umount", "-l", target], check=True)
+
     @pytest.mark.parametrize("kind", ["to it", "to its folder", "over another link", "out and back", "of another name"])
     def test_a_link_by_way_of_outside(self, scene: Many, kind: str, tmp_path: Path) -> None:
         (scene.root / "sub").mkdir()
