@@ -103,6 +103,8 @@ def within(*arguments: str | os.PathLike[str], cwd: Path | None = None) -> subpr
 @pytest.mark.fuse
 def test_every_command_answers(hung: Hung, tmp_path: Path) -> None:
     point, model = hung.point, hung.point / "tuned.safetensors"
+    source = tmp_path / "source.safetensors"
+    source.write_bytes(hung.filled.data)
     (tmp_path / "link").symlink_to(point)
     (tmp_path / "models").symlink_to(tmp_path / "link")
     commands: list[tuple[str | Path, ...]] = [
@@ -110,6 +112,16 @@ def test_every_command_answers(hung: Hung, tmp_path: Path) -> None:
         ("info", tmp_path / "models" / "tuned.safetensors"), ("ls", point), ("control", point, "drop"),
         ("control", point, "prefetch", model), ("warm", model), ("warm", "--lately", point), ("verify", model),
         ("rehydrate", model, "--output", tmp_path / "out"), ("rm", model), ("mount", point, tmp_path / "other"),
+        # what a command is to write, or looks at beside its model
+        ("merge", source, source, "--alpha", "0.5", "--output", point / "new.safetensors"),
+        ("merge", source, source, "--alpha", "0.5", "--virtual", tmp_path / "models" / "new.safetensors"),
+        ("merge", source, source, "--add-difference", model, "--alpha", "0.5", "--output", tmp_path / "new"),
+        ("unmerge", source, source, "--alpha", "0.5", "--output", point / "new.safetensors"),
+        ("convert", source, "--output", point / "new.safetensors"), ("rehydrate", source, "--onto", model),
+        ("report", tmp_path / "other", "--output", point / "page.html"), ("dehydrate", source, "--base", model),
+        ("dehydrate", source, "--store", point),
+        ("hashes", tmp_path / "other", "--webui", point), ("import", source, "--base", source, "--name", model),
+        ("export", source, "--seed", "--base", source, "--output", point / "new"), ("undelete", point),
     ]  # fmt: skip
     (tmp_path / "other").mkdir()
     ours = f"process {hung.pid} is stopped"

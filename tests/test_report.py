@@ -31,6 +31,7 @@ from hydrafs.cli.common import human
 from hydrafs.composition import operand_weights, span_costs
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.diff import DiffFile, DiffWriter
+from hydrafs.errors import AlreadyThere
 from hydrafs.family import Member, condensed, family_of, in_order
 from hydrafs.formulas import ADD, SUBTRACT, Formula, Step, cast, divide, get, lerp, scale
 from hydrafs.manifest import PREDICTION_SAME, PREDICTION_TENSOR
@@ -344,6 +345,15 @@ def test_the_command(relatives: Filled, tmp_path: Path, capsys: Capture) -> None
     assert main(["report", str(relatives.root), "-o", str(out)]) == 0, "it replaces the page of before"
     assert main(["report", str(relatives.root), "-o", str(tmp_path / "none" / "x.html")]) == 2
     assert main(["report", str(relatives.root), "-o", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "tuned.safetensors", "tuned.safetensors.hydra", "notes.txt"])
+def test_a_page_takes_no_other_files_name(relatives: Filled, name: str) -> None:
+    place = relatives.root / name
+    (relatives.root / "notes.txt").write_text("mine")
+    before = place.read_bytes() if place.exists() else None
+    assert main(["report", str(relatives.root), "--output", str(place)]) == AlreadyThere.exit_code
+    assert (place.read_bytes() if place.exists() else None) == before
 
 
 def test_without_matplotlib_it_says_what_to_install(

@@ -58,14 +58,19 @@ class _Path(click.Path):
 
 
 class _AnsweringPath(_Path):
-    """A path that is not in a mount whose daemon hangs: whoever touched it would hang as well."""
+    """A path that is not in a mount whose daemon hangs: whoever touched it would hang as well. ``then``: what else is
+    asked of it."""
+
+    def __init__(self, then: click.Path | None = None) -> None:
+        super().__init__()
+        self._then = then
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         from hydrafs.cli.common import check_answers  # noqa: PLC0415 - commands are imported when they are called
 
         if isinstance(value, str) and value:
             check_answers(value)
-        return value
+        return value if self._then is None else self._then.convert(value, param, ctx)
 
 
 _PATH = _Path()
@@ -73,13 +78,16 @@ _ANSWERING_PATH = _AnsweringPath()
 _ABOUT_MOUNTS = frozenset({"control", "doctor", "log", "status", "top", "umount"})
 """Commands that are about a mount, whatever its daemon does; they touch nothing in it."""
 _NO_PATHS = ("value",)
-_PATH_METAVARS = ("PATH", "DIR", "FILE")
+_PATH_METAVARS = ("PATH", "DIR", "FILE", "MODEL", "MOUNTPOINT")
+_PATH_NAMES = ("c", "name", "to")
+"""Options that take a path, or a name that may be one, and say something else of it."""
 
 
 def _is_path(parameter: click.Parameter) -> bool:
     if isinstance(parameter, click.Argument):
         return parameter.name not in _NO_PATHS
-    return parameter.metavar is not None and parameter.metavar.startswith(_PATH_METAVARS)
+    says = parameter.metavar is not None and parameter.metavar.startswith(_PATH_METAVARS)
+    return says or parameter.name in _PATH_NAMES
 
 
 class _Commands(click.Group):
@@ -98,6 +106,8 @@ class _Commands(click.Group):
             # Paths stay text as they were given; a shell that completes them asks for the type.
             if isinstance(parameter.type, click.types.StringParamType) and _is_path(parameter):
                 parameter.type = _PATH if cmd_name in _ABOUT_MOUNTS else _ANSWERING_PATH
+            elif isinstance(parameter.type, click.Path) and not isinstance(parameter.type, _Path):
+                parameter.type = _AnsweringPath(parameter.type)
         return command
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
