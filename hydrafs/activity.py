@@ -62,14 +62,17 @@ class Activity:
             with self._lock:
                 if self._fd < 0:
                     return
-                fd = os.dup(self._fd)  # a disk that does not answer must not keep ``close`` waiting
+                fd = -1
+                with contextlib.suppress(OSError):  # too many open files
+                    fd = os.dup(self._fd)  # a disk that does not answer must not keep ``close`` waiting
             self._read.clear()
             try:
                 # A disk that is full, gone or read-only by now: then nothing is told, and nobody is kept from reading.
                 with contextlib.suppress(OSError):
                     os.pwrite(fd, _CLOCK.pack(time.monotonic_ns()), 0)
             finally:
-                os.close(fd)
+                if fd >= 0:
+                    os.close(fd)
                 self._told.set()
             time.sleep(_SECONDS)
 

@@ -156,6 +156,19 @@ class TestActivity:
         assert eventually(lambda: (mine.touch(), mine.quiet_seconds() < 5)[1])
         mine.close()
 
+    def test_too_many_open_files_end_no_clock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        mine, dup = Activity(tmp_path / "activity"), os.dup
+
+        def fail(fd: int) -> int:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        monkeypatch.setattr("hydrafs.activity.os.dup", fail)
+        mine.touch()
+        assert mine.quiet_seconds() == float("inf")
+        monkeypatch.setattr("hydrafs.activity.os.dup", dup)
+        assert eventually(lambda: (mine.touch(), mine.quiet_seconds() < 5)[1])
+        mine.close()
+
     def test_a_disk_that_does_not_answer_keeps_no_read_waiting(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -376,18 +376,24 @@ class Life(RuleBasedStateMachine):
         diff = self.root / f"{name}.hydra"
         if name not in self.expected or not diff.exists() or (self.root / name).exists():
             return
-        data = diff.read_bytes()
-        stat = diff.stat()
-        diff.write_bytes(os.urandom(size))
+        data, stat = diff.read_bytes(), diff.stat()
+        # Another file, as by a failed copy: what is held for others is what it was.
+        self._put(diff, os.urandom(size))
         os.utime(diff, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         self.damaged[name] = data
         self.outside = time.monotonic()
+
+    @staticmethod
+    def _put(path: Path, data: bytes) -> None:
+        aside = path.with_name(f"{path.name}.part")
+        aside.write_bytes(data)
+        os.replace(aside, path)
 
     @precondition(lambda self: self.damaged)
     @rule()
     def mend(self) -> None:
         for name, data in self.damaged.items():
-            (self.root / f"{name}.hydra").write_bytes(data)
+            self._put(self.root / f"{name}.hydra", data)
         self.damaged.clear()
         self.outside = time.monotonic()
 

@@ -335,8 +335,10 @@ def try_all(copies: Copies, name: str, sample: int, chance: random.Random) -> Co
         if run.hangs:
             count.other += 1
             said.append("it hangs")
-        # A worker of a mount that cannot begin says so and is started again; a module that was not found is our doing.
-        if "Traceback" in text and not re.search(r"^\s*(hydrafs\.errors\.|ModuleNotFoundError)", text, re.MULTILINE):
+        # A worker of a mount that cannot begin says so and is started again; that Python finds itself is not ours.
+        if "Traceback" in text and not re.search(
+            r"^\s*(hydrafs\.errors\.|\w*ImportError|ModuleNotFound|Fatal)", text, re.M
+        ):
             count.other += 1
             said.append(text[-1500:])
         if found := judge.look(1 if "KILL" in inject else run.code):
