@@ -22,7 +22,7 @@ from hydrafs.dtypes import DTYPES
 from hydrafs.errors import BadModel
 from hydrafs.fingerprint import bits_apart
 from hydrafs.formulas import REAL, WHOLE, Formula, result_dtype
-from hydrafs.layout import ByteSource
+from hydrafs.layout import ByteSource, read_exactly
 from hydrafs.manifest import SELF, Operand
 from hydrafs.matching import Computed, Match, NameIndex, match, stripped
 from hydrafs.merging import Pool, Words
@@ -57,9 +57,9 @@ def elements_of(tensor: TensorFacts) -> int:
 
 
 def read_runs(source: ByteSource, offset: int, dtype: str, runs: Sequence[tuple[int, int]]) -> Words:
-    """Runs of (first element, count) of what stands at ``offset``, one after another."""
+    """Runs of (first element, count) of what stands at ``offset``, one after another; as ``layout.read_exactly``."""
     nbytes = DTYPES[dtype].nbytes
-    data = b"".join(source.pread(offset + first * nbytes, count * nbytes) for first, count in runs)
+    data = b"".join(read_exactly(source, offset + first * nbytes, count * nbytes) for first, count in runs)
     return np.frombuffer(data, np.uint8)
 
 

@@ -22,7 +22,7 @@ from hydrafs.dtypes import DTYPES
 from hydrafs.errors import Changing, HydraError
 from hydrafs.fingerprint import bits_apart, facts_of
 from hydrafs.identity import FileIdentity
-from hydrafs.layout import ByteSource, FileSource
+from hydrafs.layout import ByteSource, FileSource, read_exactly
 from hydrafs.manifest import Manifest
 from hydrafs.matching import USELESS, Match, match
 from hydrafs.opening import Opener
@@ -269,8 +269,8 @@ def sampled_cost(target: ByteSource, facts: ModelFacts, candidate: Candidate, op
             for part in (1, 3):
                 first = found.count * part // 4
                 count = min(found.count - first, _SAMPLE_NBYTES // dtype.nbytes)
-                mine = target.pread(tensor.offset + first * dtype.nbytes, count * dtype.nbytes)
-                theirs = source.pread(found.offset + first * origin.nbytes, count * origin.nbytes)
+                mine = read_exactly(target, tensor.offset + first * dtype.nbytes, count * dtype.nbytes)
+                theirs = read_exactly(source, found.offset + first * origin.nbytes, count * origin.nbytes)
                 predicted = predictors.cast(np.frombuffer(theirs, np.uint8), origin, dtype)
                 costs.append(bits_apart(predicted, np.frombuffer(mine, np.uint8), dtype))
     except HydraError:

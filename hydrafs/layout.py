@@ -43,6 +43,19 @@ class ByteSource(Protocol):
         ...
 
 
+def read_exactly(source: ByteSource, offset: int, nbytes: int) -> bytes:
+    """``nbytes`` bytes from ``offset``, of a source that was known to have them.
+
+    Raises:
+        Changing: it has fewer: another file has its name by now, or it was cut.
+    """
+    data = source.pread(offset, nbytes)
+    if len(data) != nbytes:
+        where = getattr(source, "path", "")
+        raise Changing("a file became shorter", where=where, detail=f"{source.size} bytes, expected {offset + nbytes}")
+    return data
+
+
 class BytesSource:
     """A ``ByteSource`` over a buffer in memory. Thread safety: free of shared state."""
 

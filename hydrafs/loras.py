@@ -33,7 +33,7 @@ from hydrafs.formulas import (
     result_dtype,
     scale,
 )
-from hydrafs.layout import ByteSource
+from hydrafs.layout import ByteSource, read_exactly
 from hydrafs.manifest import SELF, Operand
 from hydrafs.matching import Computed, Match, stripped
 from hydrafs.merging import Numbers, Words
@@ -251,13 +251,13 @@ def _place(
     by_size: dict[int, list[int]],
     opened: ByteSource,
 ) -> _Placed | None:
-    up, down = (np.frombuffer(opened.pread(t.offset, t.nbytes), np.uint8) for t in (module.up, module.down))
+    up, down = (np.frombuffer(read_exactly(opened, t.offset, t.nbytes), np.uint8) for t in (module.up, module.down))
     ups, downs = merging.numbers_of(up, module.up.dtype), merging.numbers_of(down, module.down.dtype)
     shifts = product_shifts(ups, downs, module.rank)
     ratio = 1.0
     if module.alpha:
         alpha = merging.numbers_of(
-            np.frombuffer(opened.pread(module.alpha.offset, module.alpha.nbytes), np.uint8), module.alpha.dtype
+            np.frombuffer(read_exactly(opened, module.alpha.offset, module.alpha.nbytes), np.uint8), module.alpha.dtype
         )
         ratio = float(alpha[0]) / module.rank if alpha.size == 1 and np.isfinite(alpha[0]) and alpha[0] else 1.0
     numbers = [target] if target is not None else by_size.get(module.elements, [])

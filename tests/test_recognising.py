@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,9 +20,15 @@ from merge_oracles import Tensors
 from safetensors.torch import save_file
 from torch import nn
 
-from hydrafs import merging
+from hydrafs import merging, recognising
+from hydrafs.cache import ChunkCache
 from hydrafs.cli import main
+from hydrafs.dehydrate import Options
+from hydrafs.dehydrate import dehydrate as api_dehydrate
+from hydrafs.errors import HydraError
+from hydrafs.opening import Opener
 from hydrafs.recognising import Hints, hints_of
+from hydrafs.store import Store
 
 SIZE = 224
 UNET = "model.diffusion_model."
@@ -464,3 +471,32 @@ def test_round_numbers_come_first() -> None:
     assert merging.snaps(0.31, 0.001, hints=[0.3101])[0] == 0.3101
     assert merging.snaps(0.123456, 1e-9)[-1] == 0.123456
     assert 1 / 3 in merging.snaps(0.33334, 0.0001)
+
+
+@pytest.mark.parametrize("which", ["a", "b", "base"])
+@pytest.mark.parametrize("nbytes", [0, 4096, 100_000])
+def test_a_model_that_is_cut_while_it_is_compared(
+    family: dict[str, Tensors], store: Path, monkeypatch: pytest.MonkeyPatch, which: str, nbytes: int
+) -> None:
+    """What was known of it when it was chosen is not what is read: others serve, or it is said what happened."""
+    parents = fill(store, {name: family[name] for name in ("base", "a", "b", "decoy1")})
+    model = save(store / "merged.safetensors", oracles.a1111_merge(parents["a"], parents["b"], 0.3))
+    before = model.read_bytes()
+    find = recognising._find
+
+    def cut_first(*arguments: Any) -> Any:
+        os.truncate(store / f"{which}.safetensors", nbytes)
+        return find(*arguments)
+
+    monkeypatch.setattr(recognising, "_find", cut_first)
+    with contextlib.closing(Store(store, create=True)) as opened:
+        try:
+            outcome = api_dehydrate(opened, model, Options(jobs=1))
+        except HydraError:
+            outcome = None
+        if outcome is not None and outcome.original_removed:
+            opener = Opener(opened, ChunkCache(1 << 20))
+            with contextlib.closing(opener), contextlib.closing(opener.open(opened.locate(model))) as source:
+                assert source.pread(0, source.size) == before
+        else:
+            assert model.read_bytes() == before
