@@ -240,7 +240,7 @@ def dehydrate(
                 prove(store, temporary.path, lambda nbytes: report("prove", nbytes, source.size), manifest.sha256)
                 with DiffFile(temporary.path) as diff:
                     reasons = (*choice.reasons, *map(str, made_of(diff)), *doubts, *lost.reasons)
-                reasons += warnings(store, entries)
+                reasons += warnings(store, entries, target)
                 unheld: list[str] = []
 
                 def keep() -> None:

@@ -22,7 +22,7 @@ from hydrafs.layout import ByteSource
 from hydrafs.leases import QuietFile
 from hydrafs.needs import needs
 from hydrafs.store import ModelEntry, Store
-from hydrafs.suspect import Suspects
+from hydrafs.suspect import Suspects, why_elsewhere
 
 __all__ = ["all_quiet", "may_doubt", "needed_by", "other_link", "refuse", "room_for_ending", "stays_whole", "warnings"]
 
@@ -86,9 +86,15 @@ def other_link(store: Store, stat: os.stat_result) -> str:
     return "another hard link" + (f" ({others} of them)" if others > 1 else "") + " keeps its space"
 
 
-def warnings(store: Store, entries: Sequence[ModelEntry]) -> tuple[str, ...]:
-    """What somebody who asked for it should know of the parents that the model needs from now on."""
+def warnings(store: Store, entries: Sequence[ModelEntry], target: Path) -> tuple[str, ...]:
+    """What somebody who asked for it should know of the parents that the model needs from now on, and of the place
+    ``target`` of its diff."""
     found = []
+    if entries and why_elsewhere(store, target.parent):
+        found.append(
+            f"{target} is on another filesystem than its store: while that is away nobody sees what it needs; "
+            "remove none of its parents then, and run no hydrafs gc"
+        )
     suspects = Suspects(store)
     for entry in entries:
         suspicion = suspects.of(entry.path)

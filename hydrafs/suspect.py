@@ -64,7 +64,7 @@ _MARKS = {
 _DOWNLOADERS = (
     ".aria2", ".part", ".crdownload", ".download", ".downloading", ".st", ".incomplete", ".tmp", ".temp", ".partial",
     ".filepart", ".!qb", ".!ut", ".bc!", ".!sync", ".opdownload", ".aria2__temp", ".fdmdownload", ".dctmp", ".xltd",
-    ".td", ".ytdl", ".unfinished",
+    ".td", ".ytdl", ".unfinished", ".lftp-pget-status",
 )  # fmt: skip
 """How the names of files end that a downloader keeps beside the one that it writes, or until it has its name."""
 _BEFORE = (".syncthing.", "~syncthing~", ".")

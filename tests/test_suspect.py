@@ -32,7 +32,7 @@ FOLDERS = [
     "lib/python3.11/site-packages/x", "venv/lib", ".venv/models", "tmp", "temp/x", "downloads", "x.download", "cache",
 ]  # fmt: skip
 BESIDE = [".aria2", ".part", ".crdownload", ".download", ".downloading", ".st", ".incomplete", ".tmp", ".temp",
-          ".partial", ".filepart", ".!qB", ".opdownload", ".PART"]  # fmt: skip
+          ".partial", ".filepart", ".!qB", ".opdownload", ".PART", ".lftp-pget-status"]  # fmt: skip
 
 
 @pytest.fixture
@@ -247,6 +247,15 @@ class TestHolding:
                 [sys.executable, "-c", code, model.parent, model], capture_output=True, text=True, check=True
             )
             assert ("another user" in done.stdout) == expected, done
+
+
+def test_a_diff_on_another_filesystem_is_told_by_hand(opened: Store, models: ModelMaker, stick: Path) -> None:
+    base = models.save(opened.root / "base.safetensors", models.base("fp16"))
+    for folder, told in ((stick, True), (opened.root, False)):
+        tuned = models.save(folder / "tuned.safetensors", models.tuned("fp16"))
+        outcome = dehydrate(opened, tuned, Options(jobs=1, bases=(base,)))
+        assert outcome.diff is not None
+        assert ("another filesystem than its store" in " ".join(outcome.reasons)) == told
 
 
 class TestBases:
