@@ -307,17 +307,17 @@ def _commit(
     """Give the proved diff its name, and let the original go; whether it went."""
     model = Path(source.path)
 
+    # Neither of the two asks still(), which may wait: others wait for the lock.
     def check() -> None:
-        options.still()
         unchanged(model, source)
         all_quiet(source, opened, options, look=True)
         if options.all_or_nothing and (link := other_link(store, os.fstat(source.fd))):
             raise Changing("a model has got another link", where=model, detail=link)
 
     def last() -> None:
-        options.still()
         all_quiet(source, opened, options, look=True, renamed=True)
 
+    options.still()
     # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
     with store.lock():
         check()

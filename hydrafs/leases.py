@@ -299,25 +299,32 @@ class Quiet:
 
         Args:
             what: what it is, for the message.
-            look: without the kernel's help, look through all processes now; else once in a while.
-            renamed: the file has got another name since, which changes its times as a write does.
+            look: without the kernel's help, look through all processes that can be looked at now; else once in a while.
+            renamed: the file has got another name since, which changes its ctime as a write does.
             doubt: that nobody can tell is no error, as long as its times are what they were.
         """
         if not self.was_broken and self._held is None and self.writers is Writers.NOBODY:
             if look or time.monotonic() - self._looked >= _LOOK_SECONDS * max(1.0, _COSTS * self._cost):
                 self.was_broken = self._look() is not Writers.NOBODY
-            if not renamed:
-                self.was_broken = self.was_broken or not is_unchanged(self._stat, os.fstat(self._fd))
+            self.was_broken = self.was_broken or self._has_changed(renamed)
         elif self._held is not None and not self._held.stands():
             self.was_broken = True
             _watcher.give_back(self._held)
-        elif self._held is None and not renamed and not is_unchanged(self._stat, os.fstat(self._fd)):
-            self.was_broken = True
+        elif self._held is None:
+            if look and self.writers is Writers.UNKNOWN:
+                self.was_broken = self.was_broken or is_open_for_writing(self._fd)
+            self.was_broken = self.was_broken or self._has_changed(renamed)
         if self.was_broken:
             raise Changing(f"{what} is being written to", where=self.where)
         if self.writers is Writers.UNKNOWN and not doubt:
             raise Changing(f"nobody can tell whether {what} is being written to", where=self.where,
                            detail=self.writers.value)  # fmt: skip
+
+    def _has_changed(self, renamed: bool) -> bool:
+        now = os.fstat(self._fd)
+        if renamed:
+            return (self._stat.st_mtime_ns, self._stat.st_size) != (now.st_mtime_ns, now.st_size)
+        return not is_unchanged(self._stat, now)
 
     def begin(self) -> object:
         """To be called before the whole file is read: what ``lasted`` takes."""

@@ -75,6 +75,8 @@ class Tried:
 
     def begin(self, name: str, identity: FileIdentity) -> bool:
         """The model is going to be tried. Whether that is written down: what is not might be met first for ever."""
+        with contextlib.suppress(HydraError):  # then there is nothing to write it into either
+            self._store.begin()
         self._noted.trying[_text(name)] = _key(identity), self.deaths(name, identity) + 1
         return self._write()
 

@@ -19,14 +19,14 @@ from conftest import ModelMaker
 from test_keeping import read_model
 from test_worker import Scene, eventually
 
-from hydrafs import keeping, survey, worker
+from hydrafs import keeping, leases, survey, worker
 from hydrafs.errors import Changing, CorruptDiff, HydraError, NoSpace, ParentLoop, from_oserror
 from hydrafs.helper import Helper
 from hydrafs.policy import Policy
 from hydrafs.store import Store
 from hydrafs.tried import MAX_DEATHS, Tried
 from hydrafs.worker import Worker
-from hydrafs.working import told
+from hydrafs.working import pause, told
 
 SECONDS = 60.0
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -310,6 +310,68 @@ class TestInUse:
         done = [name for number in range(4) for name in scene.rest(100 * 2**number)]
         scene.worker._tell("idle")
         assert {*done, *scene.troubles()} == {"tuned.safetensors", "zz.safetensors"}
+
+    @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP, errno.EACCES, errno.EAGAIN])
+    def test_a_filesystem_without_leases(self, scene: Many, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        """They are refused, with EAGAIN where other machines write too; the processes tell that nobody writes."""
+        original = fcntl.fcntl
+
+        def refused(fd: int, command: int, argument: int = 0) -> int:
+            if command == fcntl.F_SETLEASE and argument == fcntl.F_RDLCK:
+                raise OSError(number, os.strerror(number))
+            return original(fd, command, argument)
+
+        monkeypatch.setattr(fcntl, "fcntl", refused)
+        if number == errno.EAGAIN:
+            monkeypatch.setattr(leases, "is_local", lambda fd: False)
+        done = [name for _ in range(3) for name in scene.rest(70)]
+        assert sorted(done) == ["tuned.safetensors", "zz.safetensors"]
+
+    @pytest.mark.parametrize("hindrance", ["a reader", "a pause"])
+    def test_nobody_waits_for_the_lock_while_the_worker_waits(
+        self, scene: Many, monkeypatch: pytest.MonkeyPatch, hindrance: str
+    ) -> None:
+        """A reader begins, or the work is paused, in the instant in which the original goes."""
+        import hydrafs.dehydrate as room
+
+        reading, may_go = threading.Event(), room.may_go
+
+        def begin(*arguments: object) -> bool:
+            if hindrance == "a reader":
+                reading.set()
+            else:
+                pause(scene.store, True)
+            return may_go(*arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(room, "may_go", begin)
+        scene.worker.busy = reading.is_set
+        scene.worker.step()
+        scene.now += 70
+        thread = threading.Thread(target=scene.worker.step)
+        thread.start()
+        try:
+            assert eventually(lambda: not (scene.tuned.exists() and scene.other.exists()))
+            with scene.store.lock(SECONDS):
+                assert read_model(scene.store, scene.tuned) == scene.data
+        finally:
+            reading.clear()
+            pause(scene.store, False)
+            scene.worker.stop()
+            thread.join()
+
+
+class TestFresh:
+    def test_a_folder_that_is_no_store_yet(self, scene: Many, tmp_path: Path) -> None:
+        """A worker acts on what it is given."""
+        root = tmp_path / "fresh"
+        root.mkdir()
+        for path in (scene.base, scene.tuned):
+            os.link(path, root / path.name)
+            path.unlink()
+        store = Store(root)
+        done = Worker(store, Policy(settle_seconds=0, min_nbytes=1)).step()
+        assert [o.model.name for o in done] == ["tuned.safetensors"]
+        assert store.private.is_dir()
 
 
 KILLING = """
