@@ -12,19 +12,18 @@ Beside the pass over the model run: the SHA-256 of a base that is new here, read
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from hydrafs import bases, containers, prefetch
+from hydrafs import containers, prefetch
 from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
-from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for, features_of
+from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for
 from hydrafs.committing import calm, disk_errors, disturbed, hold, keep_parents, may_go, unchanged
 from hydrafs.composition import made_of
 from hydrafs.covered import real_path
@@ -33,37 +32,30 @@ from hydrafs.encode import encode_model, estimate, predictor_for
 from hydrafs.errors import (
     AlreadyThere,
     Changing,
-    HydraError,
     NoSpace,
     NotFound,
-    ParentLoop,
     ParentUnavailable,
 )
-from hydrafs.explaining import explained
 from hydrafs.fileattributes import carry
 from hydrafs.filesystem import same_mount
 from hydrafs.fingerprint import facts_of
-from hydrafs.identity import FileIdentity, sha256
-from hydrafs.layout import FileSource, Layout, plain_text
+from hydrafs.identity import FileIdentity
+from hydrafs.layout import FileSource
 from hydrafs.leases import QuietFile
-from hydrafs.manifest import Manifest, Parent
-from hydrafs.matching import Computed, Match, match
 from hydrafs.openfiles import Writers
-from hydrafs.opening import MAX_DEPTH, Opener
-from hydrafs.plan import DEFAULT_CHUNK_NBYTES, Plan, make_plan
+from hydrafs.opening import Opener
+from hydrafs.parentage import check_chain, chosen, manifest_of, named, predicted
+from hydrafs.plan import DEFAULT_CHUNK_NBYTES, make_plan
 from hydrafs.refusals import all_quiet, may_doubt, needed_by, other_link, refuse, room_for_ending, stays_whole, warnings
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.replacing import Original
 from hydrafs.restore import prove
-from hydrafs.store import ModelEntry, Store, trailer_of
+from hydrafs.store import Store, trailer_of
 from hydrafs.suspect import Suspects
 from hydrafs.temporary import TemporaryFile
-from hydrafs.version import __version__
 
 MUST_SHRINK_BY = 0.05
 _SPACE_MARGIN_NBYTES = 16 << 20
-_COMPARED = 9
-_COMPARED_NBYTES = 4096
 
 Stage = Literal["hash", "encode", "prove"]
 Progress = Callable[[Stage, int, int], None]
@@ -169,10 +161,19 @@ def dehydrate(
         facts = facts_of(source, layout)
         passed_over: dict[str, Writers] = {}
         if options.bases:
-            choice = _named(store, options.bases)
+            choice = named(store, options.bases)
         else:
-            choice, passed_over = _chosen(store, opener, source, layout, facts, options)
-        entries, matches = _predicted(store, opener, source, layout, facts, choice)
+            choice, passed_over = chosen(
+                store,
+                opener,
+                source,
+                layout,
+                facts,
+                exclude=options.not_bases,
+                refused=Suspects(store).of_base if options.all_or_nothing else lambda path: "",
+                chunk_nbytes=options.chunk_nbytes,
+            )
+        entries, matches = predicted(store, opener, source, layout, facts, choice)
         if not entries and not options.alone:
             _wait_for(passed_over, options)
             return _left_alone(model, source.size, source.size, choice.reasons)
@@ -180,7 +181,7 @@ def dehydrate(
         ahead: prefetch.Prefetch | None = None
         try:
             opened.extend(opener.open(entry) for entry in entries)
-            _check_chain(source, opened)
+            check_chain(source, opened)
             path, found = disturbed(opened)
             doubts: tuple[str, ...] = ()
             if found is Writers.UNKNOWN:
@@ -198,9 +199,9 @@ def dehydrate(
             ahead = prefetch.Prefetch(prefetch.for_coding(source, plan.spans, plan.sections, opened))
             if not raw:
                 names = codecs_for(options.codec)
-                predictor = predictor_for(source, plan, opened, _manifest(source, name, layout, plan, parents))
+                predictor = predictor_for(source, plan, opened, manifest_of(source, name, layout, plan, parents))
                 plan = choose_codecs(source, plan, predictor, names, jobs=options.jobs)
-            manifest = _manifest(source, name, layout, plan, parents)
+            manifest = manifest_of(source, name, layout, plan, parents)
             share = 1.0 if raw else estimate(source, plan, opened, manifest)
             if not raw and share > 0.98:
                 _wait_for(passed_over, options)
@@ -347,161 +348,6 @@ def _commit(
 
 def _left_alone(model: Path, size: int, stored: int, reasons: tuple[str, ...]) -> Outcome:
     return Outcome(model, None, size, stored, b"", (), reasons, original_removed=False)
-
-
-def _named(store: Store, paths: Sequence[Path]) -> bases.Choice:
-    candidates = []
-    for path in paths:
-        entry = store.locate(path)
-        if entry.is_diff:
-            facts, _ = bases.facts_of_diff(store, entry.path)
-        else:
-            facts = bases.facts_of_file(store, entry.path)
-        candidates.append(bases.Candidate(entry, facts))
-    reason = "base as named: " + ", ".join(c.entry.name for c in candidates)
-    return bases.Choice(tuple(candidates), (reason,), tuple(candidates))
-
-
-def _chosen(
-    store: Store, opener: Opener, source: QuietFile, layout: Layout, facts: ModelFacts, options: Options
-) -> tuple[bases.Choice, dict[str, Writers]]:
-    """What is found by itself, and what would have been found if nobody could write to it."""
-    passed_over: dict[str, Writers] = {}
-    paths: list[Path] = []
-    while True:
-        choice = bases.choose(
-            store,
-            opener,
-            source,
-            facts,
-            exclude=(Path(source.path), *options.not_bases, *paths),
-            evaluate=lambda candidate: _evaluate(opener, source, layout, facts, candidate, options),
-            refused=Suspects(store).of_base if options.all_or_nothing else lambda path: "",
-        )
-        more = []
-        for candidate in choice.parents:
-            with contextlib.suppress(HydraError), contextlib.closing(opener.open(candidate.entry)) as parent:
-                path, found = disturbed([parent])
-                if path:
-                    passed_over[path] = found
-                    more.append(candidate.entry.path)
-        if not more or set(more) <= set(paths):
-            break
-        paths += more
-    told = (f"{store.relative(Path(path))} is no base now: {found.value}" for path, found in passed_over.items())
-    return replace(choice, reasons=(*choice.reasons, *told)), passed_over
-
-
-def _predicted(
-    store: Store, opener: Opener, source: FileSource, layout: Layout, facts: ModelFacts, choice: bases.Choice
-) -> tuple[list[ModelEntry], list[Match | Computed | None]]:
-    """The parents that are used, and what predicts each tensor: a parent's, or a formula where the model is a merge."""
-
-    def open_model(candidate: bases.Candidate) -> FileSource | Rehydrated | None:
-        with contextlib.suppress(HydraError):
-            parent = opener.open(candidate.entry)
-            try:
-                _check_chain(source, [parent])
-                if disturbed([parent])[1] is Writers.NOBODY:
-                    return parent
-            except HydraError:
-                pass
-            parent.close()
-        return None
-
-    def sha256_of(candidate: bases.Candidate) -> bytes | None:
-        path = candidate.entry.path
-        with contextlib.suppress(HydraError, OSError):
-            if candidate.entry.is_diff:
-                return trailer_of(path).sha256
-            return store.catalog.sha256(path, FileIdentity.of(path.stat()))
-        return None
-
-    parents, matches = explained(source, layout.metadata, facts, choice, open_model, sha256_of)
-    return [c.entry for c in parents], matches
-
-
-def _manifest(source: FileSource, name: str, layout: Layout, plan: Plan, parents: Sequence[Parent]) -> Manifest:
-    """The manifest as it is known before the model has been read: all but its SHA-256."""
-    return Manifest(
-        required=features_of(plan),
-        name=plain_text(name),
-        size=source.size,
-        sha256=bytes(32),
-        mode=source.stat.st_mode,
-        mtime_ns=source.stat.st_mtime_ns,
-        container=layout.container,
-        chunk_nbytes=plan.chunk_nbytes,
-        parents=tuple(parents),
-        sections=plan.sections,
-        spans=plan.spans,
-        metadata=layout.metadata,
-        writer=f"hydrafs {__version__}",
-        formulas=plan.formulas,
-    )
-
-
-def _evaluate(
-    opener: Opener, source: FileSource, layout: Layout, facts: ModelFacts, candidate: bases.Candidate, options: Options
-) -> float:
-    """What share of the model would be stored against a candidate; all of it where the candidate cannot serve."""
-    matches = match(facts, [candidate.facts])
-    try:
-        with contextlib.closing(opener.open(candidate.entry)) as parent:
-            _check_chain(source, [parent])
-            plan = make_plan(source, layout, matches, chunk_nbytes=options.chunk_nbytes)
-            record = Parent(bytes(32), parent.size, candidate.entry.name, 0)
-            return estimate(source, plan, [parent], _manifest(source, candidate.entry.name, layout, plan, [record]))
-    except HydraError:
-        return 1.0
-
-
-def _check_chain(source: FileSource, opened: Sequence[FileSource | Rehydrated]) -> None:
-    """Refuse a chain of parents that is too long, or that leads back to the model itself: to its file, or to a diff of
-    the same content, as a diff cannot need a model of its own SHA-256."""
-    pending = [(parent, 2) for parent in opened]
-    while pending:
-        parent, depth = pending.pop()
-        if isinstance(parent, Rehydrated) and depth > MAX_DEPTH:
-            raise ParentLoop(
-                "the chain of parents would be too long",
-                where=source.path,
-                detail=f"at most {MAX_DEPTH}",
-                remedy="name a full model with --base",
-            )
-        if isinstance(parent, Rehydrated):
-            if _is_copy(source, parent):
-                raise ParentLoop(
-                    "a model cannot be stored against a diff of the same content",
-                    where=source.path,
-                    detail=f"{parent.diff.path} is a copy of it, or of what it needs",
-                    remedy="name another base, or remove one of the copies",
-                )
-            pending += [(p.source, depth + 1) for p in parent.parents if isinstance(p.source, FileSource | Rehydrated)]
-        elif (parent.stat.st_dev, parent.stat.st_ino) == (source.stat.st_dev, source.stat.st_ino):
-            raise ParentLoop(
-                "a model cannot be stored against itself",
-                where=source.path,
-                detail="it is needed to read the base",
-                remedy="name another base",
-            )
-
-
-def _is_copy(source: FileSource, other: Rehydrated) -> bool:
-    """Whether a diff stands for the very bytes of ``source``. Fine-tunes of one base have one size: most are told apart
-    by a few blocks, and none is hashed for it."""
-    if other.size != source.size:
-        return False
-    for part in range(_COMPARED):
-        offset = max(0, source.size - _COMPARED_NBYTES) * part // (_COMPARED - 1)
-        if source.pread(offset, _COMPARED_NBYTES) != other.pread(offset, _COMPARED_NBYTES):
-            return False
-    return _sha256_of(source) == other.manifest.sha256
-
-
-@functools.lru_cache(maxsize=1)
-def _sha256_of(source: FileSource) -> bytes:
-    return sha256(source)
 
 
 def _check_space(folder: Path, nbytes: float, model: Path) -> None:

@@ -118,7 +118,11 @@ def _clone_over(store: Store, source: Path, target: Path, sha256: bytes) -> bool
     if is_clone(target, os.stat(source)) and is_proven(store, target, sha256):
         return True
     try:
-        with contextlib.closing(QuietFile(source)) as file, TemporaryFile(target.parent) as temporary:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(contextlib.closing(QuietFile(source)))
+            if not _can_clone(file.fd, target.parent):
+                return False
+            temporary = stack.enter_context(TemporaryFile(target.parent))
             fd = temporary.file.fileno()
             if not reflink(file.fd, fd):
                 return False
@@ -135,6 +139,15 @@ def _clone_over(store: Store, source: Path, target: Path, sha256: bytes) -> bool
         log.debug("%s is not cloned: %s", source, error)
         return False
     return True
+
+
+def _can_clone(fd: int, folder: Path) -> bool:
+    """Whether a file can be cloned into a folder; tried with one that never gets a name, so that none is left."""
+    nameless = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        return reflink(fd, nameless)
+    finally:
+        os.close(nameless)
 
 
 def is_clone(path: Path, stat: os.stat_result) -> bool:

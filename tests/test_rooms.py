@@ -21,7 +21,7 @@ ROOMS = [
     "trash", "basehash", "prediction", "rehydrate", "readahead", "opening", "retained", "fingerprint", "matching",
     "bases",
     "merging", "assigning", "recognising", "loras", "explaining", "plan", "choosing", "encode", "restore",
-    "committing", "refusals", "dehydrate",
+    "committing", "refusals", "parentage", "dehydrate",
     "collection", "rehome", "asides", "tending", "activity", "policy", "looking", "working", "tried", "survey",
     "turns", "views", "worker", "helper",
     "seed", "recipes", "arithmetic", "computing", "hashing", "coherence", "copy_up", "handles",
