@@ -30,14 +30,19 @@ __all__ = ["Suspects", "Suspicion", "why_elsewhere", "why_not_held"]
 _FOLDERS = {
     "a trash folder": (
         ".trash", ".trash-*", ".trashes", "trash", "trash-*", "$recycle.bin", "recycler", "recycled", "#recycle",
-        "@recycle", ".recycle", ".recycle.bin", "lost+found", "lost.dir", "found.[0-9][0-9][0-9]",
+        "@recycle", ".recycle", ".recycle.bin", ".recycle_bin", ".recycled", "recycle bin", ".deleted", ".trashed",
+        ".trashed-*", "lost+found", "lost.dir", "found.[0-9][0-9][0-9]",
     ),
-    "a folder of version control": (".git", ".hg", ".svn", ".bzr", "_darcs", ".jj", ".pijul", "cvs", ".dvc"),
+    "a folder of version control": (
+        ".git", "*.git", ".hg", ".svn", ".bzr", "_darcs", ".jj", ".pijul", "cvs", ".dvc", ".fossil", ".sl",
+    ),
     "a folder of old versions or of synchronisation": (
-        ".stversions", ".stfolder", ".sync", ".dropbox.cache", ".ipynb_checkpoints", ".rsync-partial*", ".~tmp~",
+        ".stversions", ".stversions.*", ".stfolder", ".stfolder.*", ".sync",
+        ".dropbox.cache", ".ipynb_checkpoints", ".rsync-partial*", ".~tmp~",
     ),
     "a snapshot folder": (
-        ".snapshots", ".snapshot", "~snapshot", "#snapshot", ".zfs", "@gmt-*", "@recently-snapshot", ".timeshift",
+        ".snapshots", ".snapshot", "~snapshot", "#snapshot", ".zfs", ".btrfs", ".rsnapshot", "rsnapshot",
+        "@gmt-*", "@recently-snapshot", ".timeshift",
     ),
     "a folder that a system keeps for itself": (
         "@eadir", ".@__thumb", "system volume information", ".spotlight-v100", ".documentrevisions-v100", ".fseventsd",
