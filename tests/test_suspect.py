@@ -30,7 +30,7 @@ FOLDERS = [
     ".dvc/cache", ".stversions/sub", ".stfolder", ".snapshots/1/snapshot", ".snapshot/daily", ".zfs/snapshot/x",
     "@GMT-2024.01.01-00.00.00", ".cache/huggingface/download", "__pycache__", "node_modules/x/dist",
     "lib/python3.11/site-packages/x", "venv/lib", ".venv/models", "tmp", "temp/x", "downloads", "x.download", "cache",
-    ".recycled", "Recycle Bin", ".deleted/x", ".trashed-17-x", "models.git/lfs", ".fossil", ".stfolder.removed-20240101",
+    ".recycled", "Recycle Bin", ".deleted/x", ".trashed-17-x", "models.git/lfs", ".fossil", ".stfolder.removed-1",
     ".btrfs/snapshot", ".rsnapshot/daily.0",
 ]  # fmt: skip
 BESIDE = [".aria2", ".part", ".crdownload", ".download", ".downloading", ".st", ".incomplete", ".tmp", ".temp",
