@@ -111,6 +111,7 @@ if [ "$STAGE" = test ]; then
   want_command fio fio
   want_command rsync rsync
   want_command getfattr attr
+  want_command strace strace
   # For the tests of pages. Ubuntu's Chromium is a snap, which sees no temporary files: there Chrome serves, or nothing.
   has_command google-chrome || grep -qx 'ID=ubuntu' /etc/os-release || want_command chromium chromium
   want_command systemd-analyze systemd

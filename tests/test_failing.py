@@ -41,8 +41,8 @@ def run(program: str, *arguments: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("names", GROUPS, ids=lambda names: names[0])
 def test_some_calls_fail(names: list[str]) -> None:
-    number, said = run("failing.py", "--sample", "12", *names)
-    assert number >= 10 * len(names), said
+    number, said = run("failing.py", "--sample", "8", *names)
+    assert number >= 6 * len(names), said
 
 
 _DESTROYS = """
@@ -80,8 +80,9 @@ def test_a_loss_is_seen() -> None:
 
 
 @pytest.mark.fuse
-@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+@pytest.mark.skipif(os.environ.get("HYDRAFS_TESTS_WITHOUT_STRACE") == "1", reason="HYDRAFS_TESTS_WITHOUT_STRACE=1")
 @pytest.mark.parametrize("names", [["dehydrate", "remove a base", "collect", "watch"], ["mount: delete a base"]])
 def test_some_system_calls_fail(names: list[str]) -> None:
+    assert shutil.which("strace"), "strace is missing; run scripts/setup.sh test"
     number, said = run("tracing.py", "--sample", "5", *names)
     assert number >= 2 * len(names), said
