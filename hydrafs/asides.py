@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hydrafs import keeping
-from hydrafs.errors import HydraError
+from hydrafs.errors import Changing, HydraError
 from hydrafs.identity import is_unchanged, sha256
-from hydrafs.layout import FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.needs import diffs, record_of
 from hydrafs.replacing import left_names
 from hydrafs.restore import prove
@@ -60,9 +60,18 @@ def settle(store: Store, still: Callable[[], None] = lambda: None) -> list[Path]
 
 
 def _settled(store: Store, path: Path, still: Callable[[], None]) -> bool:
-    with FileSource(path) as source:
-        stat = source.stat
+    with contextlib.closing(QuietFile(path)) as source:
         digest = sha256(source, lambda nbytes: still())
+        try:
+            source.quiet.check("an original", look=True, doubt=True)
+        except Changing as error:  # who has had it open all the time writes on: later, then
+            log.debug("%s stands aside: %s", path, error)
+            return True
+        return _settled_as(store, path, source, digest)
+
+
+def _settled_as(store: Store, path: Path, source: QuietFile, digest: bytes) -> bool:
+    stat = source.stat
     known = left_names(store).get(path.name)
     for _, diff in diffs(store):
         with contextlib.suppress(OSError, HydraError):
@@ -71,6 +80,7 @@ def _settled(store: Store, path: Path, still: Callable[[], None]) -> bool:
                 prove(store, diff)
                 with store.lock():
                     if is_unchanged(before, os.lstat(diff)) and is_unchanged(stat, os.lstat(path)):
+                        source.quiet.check("an original", look=True, doubt=True)
                         keeping.remember_locked(store, path, digest)
                         keeping.drop(store, path, is_diff=False)
                         fsync_folder(path.parent)

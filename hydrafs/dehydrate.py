@@ -37,7 +37,7 @@ from hydrafs.errors import (
     ParentUnavailable,
 )
 from hydrafs.fileattributes import carry
-from hydrafs.filesystem import same_mount
+from hydrafs.filesystem import is_settled, same_mount
 from hydrafs.fingerprint import facts_of
 from hydrafs.identity import FileIdentity
 from hydrafs.layout import FileSource
@@ -69,8 +69,9 @@ class Options:
     compresses nothing. ``still`` is asked all along whether to go on: it waits, or raises what ends the work, and the
     model stays as it is; it is asked for the last time when the original has left its name. ``alone``: whether a model
     that resembles no other is compressed by itself. ``all_or_nothing``: where the original cannot go, the diff does not
-    stay either, and ``Changing`` is raised. ``begin`` is called once, when nothing can be refused any more and before
-    anything is written."""
+    stay either, and ``Changing`` is raised; and what is done with a warning else is not done (rule 5). ``last``, where
+    it is given, is asked instead of ``still`` while the store's lock is held: it must not wait. ``begin`` is called
+    once, when nothing can be refused any more and before anything is written."""
 
     bases: tuple[Path, ...] = ()
     not_bases: tuple[Path, ...] = ()
@@ -82,6 +83,7 @@ class Options:
     alone: bool = True
     all_or_nothing: bool = False
     begin: Callable[[], None] = lambda: None
+    last: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +260,10 @@ def dehydrate(
                 removed = _commit(
                     store, source, temporary, target, options,
                     keep,
-                    lambda: _remember(store, model, before, target, manifest.sha256, facts),
+                    lambda: _remember(
+                        store, model, before, target, manifest.sha256, facts,
+                        settled=source.quiet.stands() and is_settled(source.stat, source.fd),
+                    ),
                     opened,
                 )  # fmt: skip
             reasons += tuple(f"{why}: it must not go" for why in unheld)
@@ -308,14 +313,17 @@ def _commit(
     """Give the proved diff its name, and let the original go; whether it went."""
     model = Path(source.path)
 
-    # Neither of the two asks still(), which may wait: others wait for the lock.
+    last_asked = options.last or options.still
+
     def check() -> None:
+        last_asked()
         unchanged(model, source)
         all_quiet(source, opened, options, look=True)
         if options.all_or_nothing and (link := other_link(store, os.fstat(source.fd))):
             raise Changing("a model has got another link", where=model, detail=link)
 
     def last() -> None:
+        last_asked()
         all_quiet(source, opened, options, look=True, renamed=True)
 
     options.still()
@@ -361,7 +369,10 @@ def _check_space(folder: Path, nbytes: float, model: Path) -> None:
         )
 
 
-def _remember(store: Store, model: Path, before: FileIdentity, target: Path, digest: bytes, facts: ModelFacts) -> None:
+def _remember(
+    store: Store, model: Path, before: FileIdentity, target: Path, digest: bytes, facts: ModelFacts, *, settled: bool
+) -> None:
     with contextlib.suppress(OSError):
-        store.catalog.remember_sha256(real_path(model), before, digest)
+        if settled:
+            store.catalog.remember_sha256(real_path(model), before, digest)
         store.catalog.remember_facts(target, FileIdentity.of(os.stat(target)), facts)

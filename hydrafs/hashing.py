@@ -21,9 +21,10 @@ from hydrafs.containers import safetensors
 from hydrafs.diff import DiffFile, read_hashes
 from hydrafs.digests import ADDNET, NBYTES, PARTIAL, PARTIAL_NBYTES, PARTIAL_OFFSET, SHA256, Digests, checked
 from hydrafs.errors import Changing, HydraError, VerifyFailed
-from hydrafs.identity import FileIdentity
+from hydrafs.identity import FileIdentity, is_unchanged
 from hydrafs.keeping import remember
 from hydrafs.layout import FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.manifest import Manifest
 from hydrafs.opening import Opener
 from hydrafs.rehydrate import Rehydrated
@@ -149,7 +150,8 @@ def compute(store: Store, entry: ModelEntry, progress: Progress | None = None) -
 def _hash_file(
     store: Store, path: Path, digests: Digests, progress: Progress | None
 ) -> tuple[bytes, tuple[tuple[str, bytes], ...]]:
-    with FileSource(path) as source:
+    with contextlib.closing(QuietFile(path)) as source:
+        begun = source.quiet.begin()
         position = 0
         while block := source.pread(position, _READ_NBYTES):
             digests.update(block)
@@ -158,7 +160,9 @@ def _hash_file(
                 progress(len(block))
         sha256, others = digests.finish()
         try:
-            unchanged = position == source.size and remember(store, path, source.stat, sha256)
+            unchanged = position == source.size and is_unchanged(source.stat, os.stat(path))
+            if unchanged and source.quiet.settle(begun):  # of what somebody can write to, it is for this time only
+                unchanged = remember(store, path, source.stat, sha256)
         except OSError as error:
             raise Changing("a model went away while it was read", where=path) from error
     if not unchanged:

@@ -42,6 +42,7 @@ from hydrafs.held import (
 from hydrafs.identity import FileIdentity, is_unchanged, sha256
 from hydrafs.keptlinks import KeptLinks
 from hydrafs.layout import FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.needs import Census, census
 from hydrafs.store import Store, looks_like_model, trailer_of
 from hydrafs.temporary import TemporaryFile, fsync_folder
@@ -223,18 +224,21 @@ def copy_among_retired(store: Store, path: Path) -> None:
     """Keep a copy of the file at ``path`` among the retired, where it is one of its SHA-256. The lock is not held."""
     is_diff = path.name.endswith(SUFFIX)
     _make_retired(store)
-    with TemporaryFile(store.retired) as temporary:
+    with TemporaryFile(store.retired) as temporary, contextlib.closing(QuietFile(path)) as original:
+        begun = original.quiet.begin()
         before = copy_into(temporary, path)
         with FileSource(temporary.path) as source:
             digest = trailer_of(temporary.path).sha256 if is_diff else sha256(source)
         target = place_of(store.retired, digest, is_diff=is_diff)
+        lasting = original.quiet.settle(begun)
         with store.lock():
             if not is_unchanged(before, os.stat(path)):
                 return
             os.replace(temporary.path, target)
             fsync_folder(store.retired)
             if not is_diff:
-                store.catalog.remember_sha256(path, FileIdentity.of(before), digest)
+                if lasting:
+                    store.catalog.remember_sha256(path, FileIdentity.of(before), digest)
                 store.catalog.remember_sha256(target, FileIdentity.of(os.stat(target)), digest)
 
 

@@ -22,8 +22,9 @@ from hydrafs.dehydrate import Options
 from hydrafs.diff import SUFFIX
 from hydrafs.errors import Changing, CorruptDiff, HydraError
 from hydrafs.identity import is_unchanged, sha256
-from hydrafs.layout import FileSource
+from hydrafs.leases import QuietFile
 from hydrafs.needs import Need, diffs, needs, record_of
+from hydrafs.openfiles import Writers
 from hydrafs.opening import Opener
 from hydrafs.rehome import REHOMING, Rehomed, rehome, unchain
 from hydrafs.restore import prove
@@ -207,13 +208,17 @@ def hash_unhashed(store: Store, still: Callable[[], None] = lambda: None) -> int
         still()
         try:
             is_diff = path.name.endswith(SUFFIX)
-            with FileSource(path) as source:
-                stat = source.stat
+            with contextlib.closing(QuietFile(path)) as source:
+                stat, begun, lasting = source.stat, source.quiet.begin(), False
                 digest = trailer_of(path).sha256 if is_diff else sha256(source, lambda nbytes: still())
+                if not is_diff:
+                    if not source.quiet.lasted(begun) and source.quiet.writers is not Writers.UNKNOWN:
+                        continue  # who had it open when it was retired writes on
+                    lasting = source.quiet.settle(begun)
             with store.lock():
                 if not is_unchanged(stat, os.lstat(path)):
                     continue
-                if not is_diff:
+                if lasting:
                     keeping.remember_locked(store, path, digest)
                 target = keeping.place_of(store.retired, digest, is_diff=is_diff)
                 if keeping.lstat(target) is not None and (is_diff or keeping.is_proven(store, target, digest)):

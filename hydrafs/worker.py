@@ -383,6 +383,10 @@ class Worker:
                 if self._stopped.is_set():
                     raise Changing("the worker ends", where=path)
 
+            def last() -> None:
+                if self._stopped.is_set():
+                    raise Changing("the worker ends", where=path)
+
             def progress(stage: str, nbytes: int, total: int) -> None:
                 done = nbytes if stage != self._work.stage else self._work.done_nbytes + nbytes
                 work = msgspec.structs.replace(self._work, stage=stage, done_nbytes=done, total_nbytes=total)
@@ -397,7 +401,7 @@ class Worker:
             if self.store.is_pinned(path):
                 return None
             options = Options(
-                jobs=self.jobs, still=still, not_bases=tuple(not_bases), alone=False, all_or_nothing=True
+                jobs=self.jobs, still=still, last=last, not_bases=tuple(not_bases), alone=False, all_or_nothing=True
             )  # fmt: skip
             return dehydrate(self.store, path, options, progress=progress)
 

@@ -31,6 +31,7 @@ from hydrafs.cache import ChunkCache
 from hydrafs.dehydrate import dehydrate
 from hydrafs.diff import DiffFile
 from hydrafs.errors import Changing, HydraError
+from hydrafs.hashing import compute
 from hydrafs.identity import FileIdentity
 from hydrafs.leases import Lease, QuietFile
 from hydrafs.openfiles import Writers, writers
@@ -38,6 +39,7 @@ from hydrafs.opening import Opener
 from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import Store
 from hydrafs.temporary import TEMPORARY
+from hydrafs.tending import hash_unhashed
 
 pytest_plugins = ["mounting_fixtures"]
 
@@ -682,3 +684,38 @@ class TestMounted:
             shutil.rmtree(folder)
             assert not folder.exists()
             assert not (filled.root / folder.name).exists()
+
+
+@pytest.mark.parametrize("how", HOWS)
+class TestWhateverHashes:
+    """No SHA-256 that was taken of a file while somebody could write to it is remembered, whoever takes it."""
+
+    def is_known(self, path: Path) -> bool:
+        with contextlib.closing(Store(path.parent)) as store:
+            return store.catalog.sha256(path, FileIdentity.of(path.stat())) is not None
+
+    def test_for_a_listing(self, filled: Filled, how: str) -> None:
+        rest(filled.base)
+        digest = hashlib.sha256(filled.base.read_bytes()).digest()
+        with contextlib.closing(Store(filled.root, create=True)) as store:
+            entry = store.locate(filled.base)
+            with writing(filled.base, how):
+                assert compute(store, entry)["sha256"] == digest
+                assert not self.is_known(filled.base)
+            assert compute(store, entry)["sha256"] == digest
+        assert self.is_known(filled.base)
+
+    def test_for_the_retired(self, filled: Filled, how: str) -> None:
+        filled.dehydrate()
+        retired = filled.root / ".hydrafs" / "retired"
+        retired.mkdir()
+        place = retired / "unhashed-0123456789abcdef"
+        shutil.copyfile(filled.base, place)
+        filled.base.unlink()
+        filled.let_go()
+        rest(place)
+        with contextlib.closing(Store(filled.root)) as store:
+            with writing(place, how):
+                assert hash_unhashed(store) == 0
+            assert hash_unhashed(store) == 1
+        assert read_or_fail(filled.root) == filled.data
