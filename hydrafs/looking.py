@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydrafs.store import PRIVATE, is_private
+from hydrafs.submounts import all_answer
+from hydrafs.walk import walk
 
 __all__ = ["watched"]
 
@@ -30,6 +32,10 @@ def watched(root: Path, changed: Callable[[], None], *, private: frozenset[str] 
     """
     observer: Any = None
     try:
+        # Who watches asks every folder, and where every link leads.
+        passed_over: list[str] = []
+        if not all_answer() and any(passed_over for _ in walk(root, passed_over=passed_over.append)):
+            raise OSError(f"{passed_over[0]} leads to a mount that may not answer")
         observer = _observer(root, changed, private)
     except ImportError:
         log.info("watchdog is not installed: the store is looked at every minute")

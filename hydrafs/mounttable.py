@@ -11,7 +11,8 @@ __all__ = ["MountInfo", "all_mounts", "fuse_mountpoints"]
 
 @dataclass(frozen=True, slots=True)
 class MountInfo:
-    """One line of ``/proc/self/mountinfo``. ``device`` is ``MAJOR:MINOR``."""
+    """One line of ``/proc/self/mountinfo``. ``device`` is ``MAJOR:MINOR``; ``parent_id``: the mount that it is mounted
+    on."""
 
     mount_id: int
     device: str
@@ -19,6 +20,7 @@ class MountInfo:
     fstype: str
     source: str
     options: tuple[str, ...]
+    parent_id: int = 0
 
 
 def _unescape(field: str) -> str:
@@ -35,7 +37,11 @@ def all_mounts() -> list[MountInfo]:
             fields, (fstype, source, super_options) = left.split(" "), right.split(" ")[:3]
             options = dict.fromkeys([*fields[5].split(","), *super_options.split(",")])
             mountpoint = Path(_unescape(fields[4]))
-            found.append(MountInfo(int(fields[0]), fields[2], mountpoint, fstype, _unescape(source), tuple(options)))
+            found.append(
+                MountInfo(
+                    int(fields[0]), fields[2], mountpoint, fstype, _unescape(source), tuple(options), int(fields[1])
+                )
+            )
     return found
 
 

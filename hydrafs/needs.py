@@ -137,7 +137,11 @@ def _away(store: Store) -> list[tuple[str, DiffRecord]]:
         return []
     found = []
     for path, its_device, record in elsewhere:
-        if path.is_relative_to(store.root) and not os.path.lexists(path):
+        if not path.is_relative_to(store.root):
+            continue
+        if store.is_off_limits(path):  # whose disk does not answer
+            found.append((store.relative(path.with_name(listed_name(path.name))), record))
+        elif not os.path.lexists(path):
             now = next((stat for folder in path.parents if (stat := _stat(folder)) is not None), None)
             if now is None or signed64(now.st_dev) != its_device:
                 found.append((store.relative(path.with_name(listed_name(path.name))), record))

@@ -119,7 +119,11 @@ def unhashed_files(store: Store) -> list[Path]:
 
 def aside_files(store: Store) -> Iterator[Path]:
     """What killed commands left beside models, out of sight: it may be the only copy of what somebody wrote."""
-    for folder in walk(store.root, leave_out=lambda entry: entry.name == PRIVATE or store.is_off_limits(entry.path)):
+
+    def leave_out(entry: os.DirEntry[str]) -> bool:
+        return entry.name == PRIVATE or (entry.is_symlink() and store.is_off_limits(entry.path))
+
+    for folder in walk(store.root, leave_out=leave_out):
         for entry in folder.files:
             if entry.name.startswith(f"{PRIVATE}-aside-"):
                 yield Path(entry.path)

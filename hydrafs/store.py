@@ -24,6 +24,7 @@ from hydrafs.marks import PRIVATE, find_root, is_marked
 from hydrafs.mounttable import fuse_mountpoints
 from hydrafs.root_identity import RootIdentity
 from hydrafs.store_lock import StoreLock
+from hydrafs.submounts import lead_astray
 from hydrafs.temporary import TemporaryFile
 from hydrafs.walk import Folder, Report, walk
 
@@ -429,7 +430,7 @@ class Store:
             return (
                 is_private(entry.name)
                 or entry.path in mounts
-                or (self.off_limits is not None and entry.is_symlink() and self.is_off_limits(entry.path))
+                or (self.off_limits is not None and entry.is_symlink() and leads_into(entry.path, self.off_limits))
             )
 
         return walk(top, leave_out=leave_out, report=trouble, entered=entered)
@@ -472,7 +473,8 @@ class Store:
         """Where plain files of this SHA-256 were seen in the store, its base folders and files; whether they still are
         is for the caller to check. What the catalog says of files elsewhere, as one that came with another store does,
         counts for nothing."""
-        return [p for p in map(Path, map(os.path.normpath, self.catalog.paths_of(sha256))) if self._may_serve(p)]
+        paths = map(Path, map(os.path.normpath, self.catalog.paths_of(sha256)))
+        return [path for path in paths if self._may_serve(path) and not self.is_off_limits(path)]
 
     def _may_serve(self, path: Path) -> bool:
         if path in self.base_files:
@@ -481,7 +483,10 @@ class Store:
         return folder is not None and not any(is_private(part) for part in path.relative_to(folder).parts)
 
     def is_off_limits(self, path: str | os.PathLike[str]) -> bool:
-        """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``."""
+        """Whether the absolute ``path`` leads to where this process must not go: ``off_limits``, or a filesystem that
+        does not answer."""
+        if lead_astray(path, self.off_limits):
+            return True
         return self.off_limits is not None and leads_into(path, self.off_limits)
 
     def relative(self, path: Path) -> str:

@@ -3,6 +3,8 @@
 Rule 1: the trouble of one entry is that of one entry: the listing goes on behind it.
 Rule 2: what a walk does not yield it has reported, unless that cannot be anything: what has just gone, and links that
         lead nowhere or to themselves. A link that may not be followed could lead to anything, and is reported.
+Rule 3: a mount of hydrafs is no part of the tree that it stands in, or that a link to it stands in: it is not entered,
+        nor asked. One of another filesystem that does not answer is reported. See ``hydrafs.submounts``.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydrafs.errors import HydraError, printable
+from hydrafs.submounts import LeftOut, Place, Submounts
 
 __all__ = ["Folder", "Report", "Trouble", "is_gone", "list_folder", "walk"]
 
@@ -63,6 +66,7 @@ def walk(
     leave_out: Callable[[os.DirEntry[str]], bool] | None = None,
     report: Report | None = None,
     entered: Callable[[Path, os.stat_result], object] | None = None,
+    passed_over: Callable[[str], object] | None = None,
 ) -> Iterator[Folder]:
     """Every folder from ``top`` down, in name order, each once, whatever links lead to it.
 
@@ -70,12 +74,20 @@ def walk(
         leave_out: entries that are neither yielded nor entered; hydrafs' own, or the mount that this process serves.
         report: is told what could not be listed or looked at; nothing is raised for it.
         entered: is told of each folder, before it is read.
+        passed_over: is told of each entry that leads to a mount which is not entered.
     """
     seen: set[tuple[int, int]] = set()
     top = os.fspath(top)
-    pending = [top]
+    mounts: Submounts | None = Submounts()
+    place: Place | None = None
+    if mounts is not None and mounts.special:
+        place = mounts.top(top)
+    else:
+        mounts = None  # the usual case, which costs nothing more
+    told: set[int] = set()
+    pending = [(top, place)]
     while pending:
-        path = pending.pop()
+        path, place = pending.pop()
         try:
             stat = os.stat(path)
         except OSError as error:
@@ -87,9 +99,54 @@ def walk(
         seen.add((stat.st_dev, stat.st_ino))
         if entered is not None:
             entered(Path(path), stat)
-        folder = list_folder(path, leave_out=leave_out, report=report)
+        places: dict[str, Place] = {}
+        leave = leave_out
+        if mounts is not None and place is not None:
+            leave = _leave_mounts(mounts, place, places, told, leave_out, report, passed_over)
+        folder = list_folder(path, leave_out=leave, report=report)
         yield folder
-        pending.extend(entry.path for entry in reversed(folder.folders))
+        pending.extend((entry.path, places.get(entry.name)) for entry in reversed(folder.folders))
+
+
+def _leave_mounts(
+    mounts: Submounts,
+    folder: Place,
+    places: dict[str, Place],
+    told: set[int],
+    leave_out: Callable[[os.DirEntry[str]], bool] | None,
+    report: Report | None,
+    passed_over: Callable[[str], object] | None,
+) -> Callable[[os.DirEntry[str]], bool]:
+    """``leave_out``, and what leads to a mount that is not to be entered: before anything else is asked of an entry.
+
+    Args:
+        places: gets the places of all other entries.
+        told: the mounts that were reported.
+    """
+    holds_mounts = mounts.holds_mounts(folder)
+
+    def leave(entry: os.DirEntry[str]) -> bool:
+        # What is no link and no mountpoint is known by the listing; what is mounted on an entry is not asked for that.
+        found = mounts.child(folder, entry.name, is_link=False) if holds_mounts else None
+        if found is None or (isinstance(found, Place) and found.mount_id == folder.mount_id):
+            if entry.is_symlink():
+                found = mounts.child(folder, entry.name, is_link=True)
+            elif found is None and entry.is_dir():
+                found = mounts.child(folder, entry.name, is_link=False)
+        if isinstance(found, LeftOut):
+            if passed_over is not None:
+                passed_over(entry.path)
+            if found.error is not None and report is not None and found.mount.mount_id not in told:
+                told.add(found.mount.mount_id)
+                report(Trouble(Path(entry.path), found.error))
+            return True
+        if leave_out is not None and leave_out(entry):
+            return True
+        if found is not None:
+            places[entry.name] = found
+        return False
+
+    return leave
 
 
 def list_folder(

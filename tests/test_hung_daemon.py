@@ -5,6 +5,7 @@ Rule: nothing here may touch the mount itself while its daemon is stopped: the t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,14 +19,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Filled
+from conftest import Filled, ModelMaker
 from mounts import daemons_of, eventually, hydrafs, is_mounted
 
+from hydrafs import submounts
 from hydrafs.child import ask_filesystems
+from hydrafs.dehydrate import dehydrate
 from hydrafs.errors import MountFailed
 from hydrafs.mountpoints import mount_above, our_mounts, resolve, unmount
+from hydrafs.needs import census
 from hydrafs.service import control
 from hydrafs.service.control import ask, daemon_of, socket_name
+from hydrafs.store import Store
+from hydrafs.walk import Trouble, walk
 
 ENOUGH_SECONDS = 30.0
 """What a command may take here: five seconds on a machine that has nothing else to do, of which three are waiting."""
@@ -250,3 +256,113 @@ def test_a_socket_that_gives_no_answer(says: str, tmp_path: Path, monkeypatch: p
     thread.join(30)
     assert daemon_of([tmp_path], tmp_path) in (os.getpid(), 0)
     listening.close()
+
+
+@pytest.fixture(params=["in it", "deep in it", "behind a link", "behind a link to what is in it"])
+def around(request: pytest.FixtureRequest, filled: Filled, models: ModelMaker, tmp_path: Path) -> Iterator[Path]:
+    """A store with a dehydrated model, in which a mount of another store hangs."""
+    root = tmp_path / "around"
+    place = root / ("a/b" if request.param == "deep in it" else "")
+    place.mkdir(parents=True)
+    base = models.save(root / "base.safetensors", models.base("bf16"))
+    tuned = models.save(root / "tuned.safetensors", models.tuned("bf16"))
+    with contextlib.closing(Store(root, create=True)) as store:
+        dehydrate(store, tuned, filled.options)
+    point = place / "m" if request.param.endswith("in it") and "link" not in request.param else tmp_path / "outside"
+    point.mkdir()
+    if request.param == "behind a link":
+        (root / "link").symlink_to("../outside")
+    if request.param == "behind a link to what is in it":
+        (root / "0way").symlink_to(tmp_path)
+        (root / "tuned2.safetensors").symlink_to("0way/outside/tuned.safetensors")
+    assert base.exists()
+    made = Hung(filled, point)
+    try:
+        yield root
+    finally:
+        made.end()
+
+
+@pytest.mark.fuse
+def test_a_folder_that_a_mount_of_another_store_stands_in(around: Path, tmp_path: Path) -> None:
+    """It is no part of the folder, and no doubt either: it shows what is stored elsewhere."""
+    mentioned = models_of(around)
+    (around / ".hydrafs" / "retired").mkdir(exist_ok=True)
+    commands: list[tuple[str | Path, ...]] = [
+        ("ls", around), ("verify", around), ("gc", "--dry-run", around), ("bases", around), ("doctor", around),
+        ("report", around, "--output", tmp_path / "page.html"), ("hashes", around), ("undelete", around),
+        ("info", around / "tuned.safetensors"), ("rehydrate", around / "tuned.safetensors", "--output", tmp_path / "o"),
+    ]  # fmt: skip
+    with ThreadPoolExecutor(5) as pool:
+        answers = list(pool.map(lambda command: within(*command), commands))
+    for command, done in zip(commands, answers, strict=True):
+        if command[0] != "doctor":  # it tells of a mount that hangs
+            assert (done.returncode, done.stderr) == (0, ""), (command, done.stdout, done.stderr)
+    assert mentioned <= set(answers[0].stdout.split())
+    with contextlib.closing(Store(around)) as store:
+        assert census(store).is_complete
+
+
+def models_of(root: Path) -> set[str]:
+    assert (root / "tuned.safetensors.hydra").exists()
+    return {"base.safetensors", "tuned.safetensors"}
+
+
+@pytest.mark.fuse
+def test_a_worker_of_a_folder_that_a_mount_of_another_store_stands_in(around: Path) -> None:
+    code = (
+        "import faulthandler, sys; from pathlib import Path; from hydrafs.looking import watched\n"
+        "from hydrafs.policy import Policy; from hydrafs.store import Store; from hydrafs.worker import Worker\n"
+        "faulthandler.dump_traceback_later(20)\n"
+        "store = Store(sys.argv[1], create=True)\n"
+        "with watched(Path(sys.argv[1]), lambda: None): Worker(store, Policy.of(store)).step()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, around], stderr=subprocess.PIPE, text=True) as worker:
+        try:
+            said = worker.communicate(timeout=ENOUGH_SECONDS)[1]
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            pytest.fail(f"the worker hangs: {worker.communicate()[1]}")
+    assert worker.returncode == 0, said
+
+
+@pytest.mark.fuse
+def test_another_filesystem_that_does_not_answer(around: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not hydrafs' may hold models of the store: while it does not answer, nobody knows what is needed."""
+    monkeypatch.setattr(submounts, "OURS", "fuse.another")
+    troubles: list[Trouble] = []
+    listed = {entry.name for folder in walk(around, report=troubles.append) for entry in folder.files}
+    assert {"base.safetensors", "tuned.safetensors.hydra"} <= listed
+    assert len(troubles) == 1
+    assert "does not answer" in troubles[0].reason
+    with contextlib.closing(Store(around)) as store:
+        assert not census(store).is_complete
+
+
+@pytest.mark.fuse
+def test_a_store_that_is_covered_by_its_own_mount_is_doubt(filled: Filled) -> None:
+    made = Hung(filled, filled.root)
+    try:
+        troubles: list[Trouble] = []
+        assert not [e for f in walk(filled.root.parent, report=troubles.append) for e in f.files]
+        assert [t.path for t in troubles] == [filled.root]
+        below = f"/proc/{made.pid}/fd"
+        descriptor = next(f"{below}/{n}" for n in os.listdir(below) if _is_folder_of(f"{below}/{n}", filled.root))
+        code = (
+            "import sys; from hydrafs.covered import cover; from hydrafs.walk import walk\n"
+            "cover(*sys.argv[1:]); troubles = []\n"
+            "print(*sorted(e.name for f in walk(sys.argv[1], report=troubles.append) for e in f.files))\n"
+            "assert not troubles, troubles\n"
+        )
+        ran = subprocess.run(
+            [sys.executable, "-c", code, descriptor, filled.root],
+            capture_output=True, text=True, timeout=30, check=False,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stderr
+        assert {"base.safetensors", "tuned.safetensors.hydra"} <= set(ran.stdout.split())
+    finally:
+        made.end()
+
+
+def _is_folder_of(descriptor: str, root: Path) -> bool:
+    return os.readlink(descriptor) == os.fspath(root)
