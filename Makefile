@@ -9,6 +9,8 @@ BIN := .venv/bin
 STORE ?=
 MOUNTPOINT ?=
 ARGS ?=
+# Test files at a time.
+WORKERS ?= 2
 export STORE MOUNTPOINT
 
 .PHONY: help mount umount test test-all test-faults soak test-kernels lint bench bench-size bench-codec bench-read bench-virtual bench-list bench-write bench-merge bench-service deb try-deb man setup-example setup-test setup-bench clean
@@ -36,7 +38,7 @@ umount: ## unmount MOUNTPOINT (default: STORE, else the example at ./models)
 	@$(BIN)/hydrafs umount "$${MOUNTPOINT:-$${STORE:-models}}"
 
 test: setup-test lint ## lint and all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --durations=20 $(ARGS)
 
 test-all: setup-test lint ## lint and all tests, all faults, a soak, and what is not slow with each kernel forced
 	$(BIN)/python -m pytest $(ARGS)
