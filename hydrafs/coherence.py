@@ -78,6 +78,8 @@ class Names:
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _told: LRUCache[str, tuple[Version, float]] = field(default_factory=lambda: LRUCache(_NAMES))
     _pages: LRUCache[str, _Pages] = field(default_factory=lambda: LRUCache(_NAMES))
+    _sent_back: LRUCache[str, Version] = field(default_factory=lambda: LRUCache(_NAMES))
+    """As what each name was last opened in vain: the kernel has asked for its attributes since."""
     _open: dict[str, list[Claim]] = field(default_factory=dict)
 
     def told(self, path: str, version: Version) -> None:
@@ -116,14 +118,14 @@ class Names:
             self._forget(path)
 
     def _forget(self, path: str) -> None:
-        for table in (self._told, self._pages):
+        for table in (self._told, self._pages, self._sent_back):
             table.pop(path, None)
         # A claim without a name is in nobody's way.
         self._open.pop(path, None)
 
     def _move(self, old: str, new: str, folder: bool) -> None:
         prefix = old + "/"
-        tables: tuple[Any, ...] = (self._told, self._pages, self._open)
+        tables: tuple[Any, ...] = (self._told, self._pages, self._sent_back, self._open)
         for table in tables:
             inside = [key for key in table if key.startswith(prefix)] if folder else []
             for key in (old, *inside):
@@ -159,6 +161,7 @@ class Names:
             if not self._changed.wait_for(lambda: not self._is_in_the_way(claim), _RELEASE_SECONDS):
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
             if self._is_stale(path, version):
+                self._sent_back[path] = version
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
             pages = self._pages.get(path)
             if pages is None or pages.content != claim.content:
@@ -179,6 +182,10 @@ class Names:
             return False
         # While a name is open the kernel is told of what it was opened as, also where the same content has moved.
         if path in self._open and told[0].size == version.size:
+            return False
+        # Who lists it meanwhile may have looked before it changed, and told that after. The kernel does not look a
+        # third time, and where the size is right it does no harm to open it.
+        if self._sent_back.get(path) == version and told[0].size == version.size:
             return False
         growing = not version.is_diff and told[0].same_file(version)
         return not growing or time.monotonic() - told[1] > _JUST_TOLD_SECONDS

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import BinaryIO
 
@@ -121,11 +122,15 @@ def _unpack_trailer(data: bytes, diff_size: int, where: str) -> Trailer:
     return trailer
 
 
-def read_trailer(fd: int, where: str) -> Trailer:
+def read_trailer(fd: int, where: str, doubt: Callable[[OSError], None] | None = None) -> Trailer:
     """The trailer of the open diff ``fd``: one ``fstat`` and one read.
+
+    Args:
+        doubt: told where it cannot be known whether mode and mtime were set since; they are as they were written then.
 
     Raises:
         CorruptDiff, UnsupportedDiff: it is damaged, truncated, no diff, or of another version.
+        HydraError: it cannot be read, which says nothing of what it is.
     """
     try:
         size = os.fstat(fd).st_size
@@ -136,14 +141,19 @@ def read_trailer(fd: int, where: str) -> Trailer:
         raise from_oserror(error, "cannot read", where) from error
     if len(data) != TRAILER_NBYTES:
         raise CorruptDiff("a diff became shorter", where=where)
-    return _as_changed(fd, _unpack_trailer(data, size, where), data)
+    return _as_changed(fd, _unpack_trailer(data, size, where), data, doubt)
 
 
-def _as_changed(fd: int, trailer: Trailer, data: bytes) -> Trailer:
+_NOT_SET = frozenset({errno.ENODATA, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EACCES, errno.EPERM})
+
+
+def _as_changed(fd: int, trailer: Trailer, data: bytes, doubt: Callable[[OSError], None] | None = None) -> Trailer:
     """``trailer`` with the mode and mtime that were set since ``data``, its bytes, was written."""
     try:
         value = os.getxattr(fd, XATTR_ATTRIBUTES)
-    except OSError:
+    except OSError as error:
+        if doubt is not None and error.errno not in _NOT_SET:
+            doubt(error)
         return trailer
     if len(value) != _ATTRIBUTES.size:
         return trailer
@@ -324,8 +334,8 @@ class DiffFile:
     def close(self) -> None:
         """Close the file. No other call may be running."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # also where close(2) fails, the number is free, and soon another file's
+            os.close(fd)
 
     def __enter__(self) -> DiffFile:
         return self

@@ -131,7 +131,9 @@ class FileWrites(StoreTree):
             return self._open_empty(path, wants)
         if wants & os.O_ACCMODE:
             return self._open_unwritten(path, wants)
-        place = self.find(path)
+        return self.settled(path, lambda place: self._open_to_read(path, place))
+
+    def _open_to_read(self, path: str, place: Place) -> OpenFile:
         opened = self.open_place(path, place)
         if place.departed is not None:
             self.departed.join(path, opened)
@@ -150,21 +152,26 @@ class FileWrites(StoreTree):
 
     def _open_unwritten(self, path: str, wants: int) -> OpenFile:
         for _ in range(100):
-            place = self.find(path)
-            if not stat.S_ISREG(place.stat.st_mode):
-                return self.opened(path, PlainFile.open(place.real, wants), wants=wants)
-            _check_writable(place, self._of_model(place))
-            if place.is_diff:
-                return self.open_place(path, place, wants=wants)
-            # Nobody needs an empty file, and who may only write to a file cannot read it until then.
-            flags = os.O_RDONLY if place.stat.st_size and os.access(place.real, os.R_OK) else wants
-            source = PlainFile.open(place.real, flags)
-            # Who dehydrates a file holds the exclusive lock while the original goes.
-            _wait_for_lock(source.fd)
-            if is_at(source.fd, place.real):
-                return self.opened(path, source, wants=wants)
-            source.close()
+            file = self.settled(path, lambda place: self._open_if_there(path, place, wants))
+            if file is not None:
+                return file
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    def _open_if_there(self, path: str, place: Place, wants: int) -> OpenFile | None:
+        if not stat.S_ISREG(place.stat.st_mode):
+            return self.opened(path, PlainFile.open(place.real, wants), wants=wants)
+        _check_writable(place, self._of_model(place))
+        if place.is_diff:
+            return self.open_place(path, place, wants=wants)
+        # Nobody needs an empty file, and who may only write to a file cannot read it until then.
+        flags = os.O_RDONLY if place.stat.st_size and os.access(place.real, os.R_OK) else wants
+        source = PlainFile.open(place.real, flags)
+        # Who dehydrates a file holds the exclusive lock while the original goes.
+        _wait_for_lock(source.fd)
+        if is_at(source.fd, place.real):
+            return self.opened(path, source, wants=wants)
+        source.close()
+        return None
 
     def _of_model(self, place: Place) -> tuple[int, int] | None:
         """Mode and mtime of a dehydrated model; of a damaged diff nothing is recorded but what the file itself has."""

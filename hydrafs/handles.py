@@ -156,7 +156,7 @@ class OpenFile:
         self._source = source
         self._reader = Reader(source, pool) if isinstance(source, Rehydrated) else None
         self._claim: Claim = names.claim(
-            path, self._version(), self._identity(), self.attributes, writes=self.is_writable, holder=self
+            path, self._version(source), self._identity(source), self.attributes, writes=self.is_writable, holder=self
         )
         self.keep_cache = self._claim.keep_cache
 
@@ -176,13 +176,15 @@ class OpenFile:
         source = self._source
         return source.fd if isinstance(source, PlainFile) else source.diff.fd
 
-    def _version(self) -> Version:
-        s = os.fstat(self.fd)
-        is_diff = isinstance(self._source, Rehydrated)
-        return Version(s.st_dev, s.st_ino, is_diff, self._source.size if is_diff else s.st_size)  # type: ignore[union-attr]
+    @staticmethod
+    def _version(source: PlainFile | Rehydrated) -> Version:
+        if isinstance(source, PlainFile):
+            s = os.fstat(source.fd)
+            return Version(s.st_dev, s.st_ino, False, s.st_size)
+        s = os.fstat(source.diff.fd)
+        return Version(s.st_dev, s.st_ino, True, source.size)
 
-    def _identity(self) -> Callable[[], Hashable]:
-        source = self._source
+    def _identity(self, source: PlainFile | Rehydrated) -> Callable[[], Hashable]:
         if isinstance(source, Rehydrated):
             digest = source.manifest.sha256
             return lambda: digest
@@ -313,7 +315,7 @@ class OpenFile:
     def flush(self) -> None:
         """A descriptor of this open was closed: the kernel's idea of the size is the file's from here on."""
         if self._claim.writes:
-            self._names.told(self.path, self._version())
+            self._names.told(self.path, self._version(self._source))
 
     def attributes(self) -> Attributes:
         """What ``fstat`` says: of a plain file as it is now, of a model as it was opened, or set since."""
@@ -338,34 +340,44 @@ class OpenFile:
         where this one was. Nothing once it is closed.
 
         Raises:
-            OSError: it cannot be opened.
+            OSError: it cannot be opened, or looked at; then it goes on as it was.
         """
         source = PlainFile(real, reopen(fd, self._wants), self._wants)
-        with self._lock:
-            same = os.path.samestat(os.fstat(self.fd), source.stat) if not self._closed else True
-            if self._closed or (same and self.is_writable == source.is_writable and self._reader is None):
-                source.close()
-                return
-            if source.is_writable:
-                lock_shared(source.fd)
-            self._past.append(self._source)
-            self._source, self._reader = source, None
-            version, identify = self._version(), self._identity()
-        self._names.rebase(self._claim, version, identify, writes=source.is_writable)
+        try:
+            # All that can fail comes before anything is changed.
+            version, identify = self._version(source), self._identity(source)
+            with self._lock:
+                same = self._closed or os.path.samestat(os.fstat(self.fd), source.stat)
+                stays = self._closed or (same and self.is_writable == source.is_writable and self._reader is None)
+                if not stays:
+                    if source.is_writable:
+                        lock_shared(source.fd)
+                    self._past.append(self._source)
+                    self._source, self._reader = source, None
+        except BaseException:
+            source.close()
+            raise
+        if stays:
+            source.close()
+        else:
+            self._names.rebase(self._claim, version, identify, writes=source.is_writable)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file. Also where that fails nothing of it is left: no claim, no descriptor."""
         self._names.release(self._claim)
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             idle = not self._users
-        if self._on_close is not None:
-            self._on_close(self)
-        if idle:
-            self._close_sources()
+        try:
+            if self._on_close is not None:
+                self._on_close(self)
+        finally:
+            if idle:
+                self._close_sources()
 
     def _close_sources(self) -> None:
-        for source in (*self._past, self._source):
-            source.close()
+        with contextlib.ExitStack() as closing:
+            for source in (*self._past, self._source):
+                closing.callback(source.close)

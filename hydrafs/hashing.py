@@ -20,7 +20,7 @@ from hydrafs.catalog import Catalog
 from hydrafs.containers import safetensors
 from hydrafs.diff import DiffFile, read_hashes
 from hydrafs.digests import ADDNET, NBYTES, PARTIAL, PARTIAL_NBYTES, PARTIAL_OFFSET, SHA256, Digests, checked
-from hydrafs.errors import Changing, HydraError, VerifyFailed
+from hydrafs.errors import Changing, CorruptDiff, HydraError, UnsupportedDiff, VerifyFailed
 from hydrafs.identity import FileIdentity, is_unchanged
 from hydrafs.keeping import remember
 from hydrafs.layout import FileSource
@@ -63,8 +63,10 @@ class KnownHashes:
         else:
             try:
                 found = read_hashes(path)
-            except HydraError:
+            except (CorruptDiff, UnsupportedDiff):
                 found = {}
+            except HydraError:
+                return {}  # not now; that says nothing of the diff, and is not kept
             with self._lock:
                 self._of_diffs[key] = (identity, found)
         if SHA256 in found and len(found) == 1:  # written before diffs held the others

@@ -141,8 +141,8 @@ class FileSource:
     def close(self) -> None:
         """Let go of what is held."""
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # also where close(2) fails, the number is free, and soon another file's
+            os.close(fd)
 
     def __enter__(self) -> FileSource:
         return self

@@ -119,8 +119,8 @@ class _Watcher:
             if held.shares == 0 and held.fd >= 0:
                 if not held.is_broken:
                     self._give_back(held)
-                os.close(held.fd)
-                held.fd = -1
+                fd, held.fd = held.fd, -1  # also where close(2) fails, the number is free, and soon another file's
+                os.close(fd)
 
     def give_back(self, held: _Held) -> None:
         """The lease is broken: who waits in open(2) goes on."""
@@ -357,10 +357,11 @@ class Quiet:
 
     def close(self) -> None:
         """Give the lease back."""
-        for held in (*self._past, self._held):
-            if held is not None:
-                _watcher.release(held)
-        self._past, self._held = [], None
+        given, self._past, self._held = (*self._past, self._held), [], None
+        with contextlib.ExitStack() as closing:  # all of them, also where one fails
+            for held in given:
+                if held is not None:
+                    closing.callback(_watcher.release, held)
 
 
 class QuietFile(FileSource):
@@ -394,9 +395,11 @@ class QuietFile(FileSource):
 
     def close(self) -> None:
         """Let go of what is held."""
-        if self.fd >= 0:
-            self.quiet.close()
-        super().close()
+        try:
+            if self.fd >= 0:
+                self.quiet.close()
+        finally:
+            super().close()
 
 
 class Lease:

@@ -10,6 +10,7 @@ Rule 3: no lock is held while decoding or reading.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
@@ -239,9 +240,10 @@ class Rehydrated:
             self._shares -= 1
             if self._shares:
                 return
-        self.diff.close()
-        for parent in self._parents:
-            parent.source.close()
+        with contextlib.ExitStack() as closing:  # all of them, also where one fails
+            for parent in self._parents:
+                closing.callback(parent.source.close)
+            closing.callback(self.diff.close)
 
     def __enter__(self) -> Rehydrated:
         return self

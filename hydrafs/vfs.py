@@ -18,8 +18,10 @@ import logging
 import os
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from cachetools import LRUCache
 
@@ -30,7 +32,7 @@ from hydrafs.cache import CacheStatistics, ChunkCache
 from hydrafs.coherence import Names, Version
 from hydrafs.covered import cover
 from hydrafs.diff import SUFFIX, DiffFile, Trailer, read_trailer
-from hydrafs.errors import HydraError, NoLocks, NotFound, log_once
+from hydrafs.errors import CorruptDiff, HydraError, NoLocks, NotFound, UnsupportedDiff, log_once
 from hydrafs.folder_times import FolderTimes
 from hydrafs.handles import Descriptor, OpenFile, PlainFile, model_attributes, plain_attributes
 from hydrafs.hashing import KnownHashes
@@ -45,12 +47,15 @@ from hydrafs.store import Store, is_private, listed_name
 
 log = logging.getLogger(__name__)
 
+_Used = TypeVar("_Used")
+
 XATTR_HASH = "user.hash."
 XATTR_PREFIX = "user.hydrafs."
 XATTR_PATH = XATTR_PREFIX + "path"
 """Where a file or folder of the mount stands in the store. Answered, and not listed: a copy must not carry it along."""
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _TRAILERS = 200_000
+_LOOKS = 100
 _STORE_LOCK_SECONDS = 3.0
 """How long a program waits for a command that has the store's lock and may be stopped; then it gets EBUSY. While it
 does, the kernel holds the lock of the folder that it changes, and who looks a name up there waits as well."""
@@ -222,14 +227,31 @@ class StoreTree:
             raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return Place(real + SUFFIX, True, found, real)
 
+    def settled(self, path: str, use: Callable[[Place], _Used]) -> _Used:
+        """``use`` of where ``path`` stands; once more where it stood elsewhere by then, since the model was dehydrated
+        or made whole behind us. ``OSError(ENOENT)`` where it is gone."""
+        for _ in range(_LOOKS):
+            place = self.find(path)
+            try:
+                return use(place)
+            except (OSError, HydraError) as error:
+                if error.errno != errno.ENOENT or place.departed is not None or os.path.lexists(place.real):
+                    raise
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
     def trailer(self, place: Place) -> Trailer | None:
-        """The trailer of a diff, if it is a sound one."""
+        """The trailer of a diff; ``None`` where it is damaged, or may not be read.
+
+        Raises:
+            OSError, HydraError: it cannot be read now. That says nothing of what it is, so nothing of it is kept.
+        """
         identity = FileIdentity.of(place.stat)
         with self._lock:
             known = self._trailers.get(place.real)
         if known and known[0] == identity:
             return known[1]
         trailer: Trailer | None = None
+        doubts: list[OSError] = []
         try:
             fd = os.open(place.real, os.O_RDONLY | os.O_CLOEXEC)
         except PermissionError as error:
@@ -238,14 +260,25 @@ class StoreTree:
             return None
         try:
             identity = FileIdentity.of(os.fstat(fd))
-            trailer = read_trailer(fd, place.real)
-        except HydraError as error:
+            trailer = read_trailer(fd, place.real, doubts.append)
+        except (CorruptDiff, UnsupportedDiff) as error:
             log.warning("listed with its own size: %s", error)
         finally:
             os.close(fd)
-        with self._lock:
-            self._trailers[place.real] = (identity, trailer)
+        if not doubts:
+            with self._lock:
+                self._trailers[place.real] = (identity, trailer)
         return trailer
+
+    def _trailer_to_list(self, place: Place) -> Trailer | None:
+        """``trailer``, for a name that must stay listed on a disk that fails: only then can it be removed."""
+        try:
+            return self.trailer(place)
+        except (HydraError, OSError) as error:
+            if error.errno != errno.EIO:
+                raise
+            log.warning("listed with its own size: %s", error)
+            return None
 
     def forget_trailer(self, real: str) -> None:
         """What the diff at ``real`` says has changed, maybe sooner than its times tell."""
@@ -256,7 +289,9 @@ class StoreTree:
 
     def getattr(self, path: str) -> Attributes:
         """``lstat``: a diff is the model that it stands for; a name that is open is what it was opened as."""
-        place = self.find(path)
+        return self.settled(path, lambda place: self._getattr(path, place))
+
+    def _getattr(self, path: str, place: Place) -> Attributes:
         while place.departed is not None:
             try:
                 found = place.departed.attributes()
@@ -268,14 +303,18 @@ class StoreTree:
                 return dataclasses.replace(found, nlink=0) if place.is_diff else found
         if stat.S_ISDIR(place.stat.st_mode):
             return plain_attributes(place.stat, self.directory_mtime(place))
-        trailer = self.trailer(place) if place.is_diff else None
+        trailer = self._trailer_to_list(place) if place.is_diff else None
         attributes = model_attributes(place.stat, trailer) if trailer else self._plain(place.stat)
         version = Version(place.stat.st_dev, place.stat.st_ino, place.is_diff, attributes.size)
         claim = self.names.open_as(path)
-        if claim and not claim.version.same_file(version):
-            with contextlib.suppress(OSError):  # closed since it was found
+        # Of a diff that nothing is known of by now, who has it open knows: another size would cut what they read.
+        if claim and (not claim.version.same_file(version) or (place.is_diff and trailer is None)):
+            try:
                 # The name is there, whatever became of the file that it was.
                 attributes, version = dataclasses.replace(claim.attributes(), nlink=1), claim.version
+            except OSError as error:
+                if error.errno != errno.ESTALE:  # closed since it was found
+                    raise
         self.names.told(path, version)
         return attributes
 
@@ -329,7 +368,7 @@ class StoreTree:
         facts = {XATTR_HASH + hash_name: value.hex() for hash_name, value in known.items()}
         if not place.is_diff:
             return {**facts, XATTR_PREFIX + "state": "plain"}
-        trailer = self.trailer(place)
+        trailer = self._trailer_to_list(place)
         if trailer is None:
             return {XATTR_PREFIX + "state": "damaged"}
         stored = place.stat.st_size
@@ -362,7 +401,7 @@ class StoreTree:
                 return "\n".join(f"{p.sha256.hex()} {p.name}" for p in diff.manifest.parents).encode(
                     "utf-8", "surrogateescape"
                 )
-        if name == XATTR_PREFIX + "state" and place.is_diff and self.trailer(place) is not None:
+        if name == XATTR_PREFIX + "state" and place.is_diff and self._trailer_to_list(place) is not None:
             with contextlib.suppress(HydraError), DiffFile(place.real) as diff:
                 state = self.opener.state_of(diff.manifest.parents)
                 if state:
@@ -391,7 +430,7 @@ class StoreTree:
         """
         if flags & WRITING:
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-        return self.open_place(path, self.find(path))
+        return self.settled(path, lambda place: self.open_place(path, place))
 
     def open_place(self, path: str, place: Place, *, wants: int = os.O_RDONLY) -> OpenFile:
         """Open what was found for reading; see ``open``. With ``wants`` it becomes what that asks for once it is
@@ -407,6 +446,8 @@ class StoreTree:
             else:
                 source = PlainFile.open(place.real, os.O_RDONLY)
         except HydraError as error:
+            if error.errno == errno.ENOENT and place.departed is None and not os.path.lexists(place.real):
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path) from None
             log_once(log, error, "cannot open %s: %s", path, error)
             raise
         return self.opened(path, source, wants=wants)
@@ -427,7 +468,8 @@ class StoreTree:
                 make_room=self.make_room,
             )
         except BaseException as error:
-            source.close()
+            with contextlib.suppress(OSError):
+                source.close()
             if isinstance(error, OSError) and error.errno == errno.EBUSY:
                 log.error("cannot open %s: another file of this name is still open; close it first", path)
             raise
