@@ -24,7 +24,7 @@ from hydrafs.rehydrate import Rehydrated
 from hydrafs.store import ModelEntry, Store
 from hydrafs.suspect import why_not_held
 
-__all__ = ["calm", "disk_errors", "disturbed", "hold", "keep_parents", "may_go", "unchanged"]
+__all__ = ["all_stand", "calm", "disk_errors", "disturbed", "hold", "keep_parents", "may_go", "unchanged"]
 
 
 @contextlib.contextmanager
@@ -96,6 +96,34 @@ def hold(opened: Sequence[ByteSource]) -> None:
             fcntl.flock(file.fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
+def _stands(path: str, stat: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), stat)
+    except OSError:
+        return False
+
+
+def all_stand(opened: Sequence[ByteSource]) -> None:
+    """Return if every file that the open parents are read from, diffs among them, still stands under its name; the
+    caller holds the store's lock. What does not may be gone for good: nobody needed it until now.
+
+    Raises:
+        Changing: one does not.
+    """
+    pending = list(opened)
+    while pending:
+        parent = pending.pop()
+        if isinstance(parent, Rehydrated):
+            pending += [p.source for p in parent.parents]
+            path, stat = os.fspath(parent.diff.path), parent.diff.stat
+        elif isinstance(parent, FileSource):
+            path, stat = parent.path, parent.stat
+        else:
+            continue
+        if not _stands(path, stat):
+            raise Changing("what a model is stored against was removed or replaced meanwhile", where=path)
+
+
 def may_go(source: FileSource, opened: Sequence[ByteSource]) -> bool:
     """Whether the original may be removed: no other process is storing a model against it at this moment, and the full
     files that its diff is read from still stand under their names.
@@ -110,13 +138,7 @@ def may_go(source: FileSource, opened: Sequence[ByteSource]) -> bool:
         # the store's own lock is held.
         if not has_no_locks(error):
             return False
-    for file in _plain_files(opened):
-        try:
-            if not os.path.samestat(os.stat(file.path), file.stat):
-                return False
-        except OSError:
-            return False
-    return True
+    return all(_stands(file.path, file.stat) for file in _plain_files(opened))
 
 
 def keep_parents(

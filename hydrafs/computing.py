@@ -24,7 +24,7 @@ import msgspec
 from hydrafs.assembling import TORCH_ZIP, Skeleton, container_for, safetensors_skeleton, torch_zip_skeleton
 from hydrafs.basehash import BaseHashes
 from hydrafs.choosing import features_of
-from hydrafs.committing import calm, disk_errors, hold, keep_parents
+from hydrafs.committing import all_stand, calm, disk_errors, hold, keep_parents
 from hydrafs.diff import SUFFIX, DiffWriter
 from hydrafs.dtypes import DTYPES
 from hydrafs.encode import encode_model
@@ -169,6 +169,7 @@ def make_virtual(
         prove(store, temporary.path, lambda nbytes: progress("prove", nbytes, model.size), manifest.sha256)
         with store.lock():
             calm(opened, look=True, doubt=True)
+            all_stand(opened)
             keep_parents(store, [entries[i] for i in used], records, opened)
             store.add_base_files([entries[i].path for i in used if not entries[i].is_diff])
             store.add_base_folders(folders)

@@ -24,7 +24,7 @@ from hydrafs.basehash import BaseHashes
 from hydrafs.cache import ChunkCache
 from hydrafs.catalog import ModelFacts
 from hydrafs.choosing import AUTOMATIC, choose_codecs, codecs_for
-from hydrafs.committing import calm, disk_errors, disturbed, hold, keep_parents, may_go, unchanged
+from hydrafs.committing import all_stand, calm, disk_errors, disturbed, hold, keep_parents, may_go, unchanged
 from hydrafs.composition import made_of
 from hydrafs.covered import real_path
 from hydrafs.diff import SUFFIX, DiffFile, DiffWriter
@@ -330,6 +330,7 @@ def _commit(
     # Who renames or removes models holds the lock too: the diff takes its place in one step for them.
     with store.lock():
         check()
+        all_stand(opened)
         keep_parents()
         replace = target.exists() and trailer_of(target).sha256 == trailer_of(temporary.path).sha256
         if options.keep:

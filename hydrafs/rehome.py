@@ -13,11 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hydrafs import keeping
+from hydrafs.cache import ChunkCache
 from hydrafs.collection import kept_models, sha256_in
+from hydrafs.committing import keep_parents
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.errors import HydraError
 from hydrafs.keptlinks import KeptLinks
 from hydrafs.needs import census, diffs, kept_diffs, record_of
+from hydrafs.opening import Opener
 from hydrafs.restore import rehydrate
 from hydrafs.store import ModelEntry, Store, listed_name, trailer_of
 from hydrafs.temporary import TEMPORARY, fsync_folder
@@ -159,7 +162,7 @@ def _against(store: Store, path: Path, root: Path, before: os.stat_result, optio
 def _takes_place(store: Store, diff: Path, path: Path, before: os.stat_result) -> bool:
     """Give the diff ``diff`` the name of the one at ``path`` if that is still the one it was. The lock is held."""
     now = keeping.lstat(path)
-    if now is None or not os.path.samestat(now, before):
+    if now is None or not os.path.samestat(now, before) or not _has_its_parents(store, diff):
         return False
     os.replace(diff, path)
     fsync_folder(path.parent)
@@ -167,6 +170,19 @@ def _takes_place(store: Store, diff: Path, path: Path, before: os.stat_result) -
     if keeping.place_of(store.held, digest, is_diff=True).exists():
         keeping.hold(store, path, digest)
     return True
+
+
+def _has_its_parents(store: Store, diff: Path) -> bool:
+    """Whether all that the diff is read from is there and held. Until now no diff that is listed needed it: whoever
+    removed or replaced a parent since it was made has let go of it."""
+    try:
+        with (
+            contextlib.closing(Opener(store, ChunkCache(0))) as opener,
+            contextlib.closing(opener.open_diff(diff)) as model,
+        ):
+            return not keep_parents(store, (), (), [model])
+    except (OSError, HydraError):
+        return False
 
 
 def _alone(store: Store) -> dict[bytes, int]:

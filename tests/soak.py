@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import os
 import random
 import shutil
@@ -32,6 +33,10 @@ from pathlib import Path
 from small import model
 
 HANG_SECONDS = 120.0
+DELETION_SECONDS = 2.0
+"""How long after it was told a deletion of an open file may be made; twenty milliseconds where a processor is free."""
+LOOKS = 4
+"""How often a program opens a file that it is told to look up again."""
 GRACE_SECONDS = 3.0
 """How long after a fault a call may still fail of it."""
 MOUNT = ("--dehydrate", "auto", "--settle", "0", "--min-size", "1k")
@@ -77,6 +82,10 @@ def short(content: bytes | None) -> str:
     return "anything" if content is None else content.hex()[:12] or "absent"
 
 
+class PageError(OSError):
+    """A program was killed by a page that it could not have."""
+
+
 # What may be read
 
 
@@ -112,6 +121,15 @@ class Ledger:
             self._versions[name] = [v for v in self._versions[name] if v.until > now - 300]
             self._versions[name].append(Version(content, now))
             self.told[name].append(f"{now:.3f} became {short(content)}")
+
+    def undone(self, since: float) -> None:
+        """A daemon was killed: a deletion of a file that somebody had open, told since then, may not have been made."""
+        with self._lock:
+            for name, versions in self._versions.items():
+                if versions[-1].content == ABSENT and versions[-1].since >= since:
+                    for version in [v for v in versions[:-1] if v.content != ABSENT and v.until >= since]:
+                        version.until = float("inf")
+                    self.told[name].append("maybe undone")
 
     def between(self, name: str, begin: float, end: float) -> set[bytes | None]:
         with self._lock:
@@ -290,7 +308,7 @@ class Soak:
         who = threading.current_thread().name
         with self.doing(who, f"reads {name}") as begin:
             try:
-                with open(self.point / name, "rb", buffering=0) as file:
+                with self.opened(name) as file:
                     if chance.random() < 0.3:
                         size = os.fstat(file.fileno()).st_size
                         data = b"".join(os.pread(file.fileno(), 30_000, o) for o in range(0, size, 30_000))
@@ -304,10 +322,11 @@ class Soak:
             except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
                 end = time.monotonic()
                 self.count("reads that failed")
-                # Whoever has a file mapped that is cut at that moment ends so, on any filesystem.
-                cut = f"ended with {-signal.SIGBUS}" in str(error) and None in self.ledger.between(name, begin, end)
-                if isinstance(error, OSError) and not cut and not self.was_broken(begin, end):
+                # A page of a file that is being cut is not to be had.
+                changes = isinstance(error, PageError) and len(self.ledger.between(name, begin, end)) > 1
+                if isinstance(error, OSError) and not changes and not self.was_broken(begin, end):
                     self.fault(f"{name}: {error}, though nothing was broken")
+                    self.explain(name, str(error).encode(), begin, end)
                 time.sleep(0.05)
                 return
         end = time.monotonic()
@@ -320,6 +339,18 @@ class Soak:
         self.count("reads checked")
         time.sleep(chance.random() * 0.02)
 
+    def opened(self, name: str) -> io.FileIO:
+        """A file, opened to be read; again where the kernel's names were of another file (docs/SEMANTICS.md)."""
+        for _ in range(LOOKS - 1):
+            try:
+                return io.FileIO(self.point / name)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                self.count("opens that were to be repeated")
+                time.sleep(1.2)
+        return io.FileIO(self.point / name)
+
     def mapped(self, name: str, *written: str) -> bytes:
         """Read a file by its pages, or write to them: in another process, since a page that is not to be had kills."""
         done = subprocess.run(
@@ -330,6 +361,8 @@ class Soak:
             return b""
         if b"No such file" in done.stderr:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        if done.returncode == -signal.SIGBUS:
+            raise PageError(errno.EIO, "a program that maps got SIGBUS")
         if done.returncode:
             raise OSError(errno.EIO, f"a program that maps ended with {done.returncode}, {done.stderr[-80:]!r}")
         return done.stdout
@@ -485,9 +518,7 @@ class Soak:
         assert self.daemon is not None
         with self.breaking(what):
             if what == "kill":
-                self.count("kills of the daemon")
-                os.kill(self.daemon.pid, signal.SIGKILL)
-                self.daemon.wait()
+                self.kill_daemon()
                 time.sleep(chance.random() * 0.3)
                 self.mount()
             elif what == "kill worker":
@@ -496,9 +527,7 @@ class Soak:
                     with contextlib.suppress(OSError):
                         os.kill(pid, signal.SIGKILL)
                 if chance.random() < 0.5:  # it is started again after a minute, or by the next mount
-                    self.daemon.kill()
-                    self.count("kills of the daemon")
-                    self.daemon.wait()
+                    self.kill_daemon()
                     self.mount()
             elif what == "kill command":
                 with self._lock:
@@ -521,6 +550,14 @@ class Soak:
                 pids = [self.daemon.pid] if what == "call" else [*self.worker_pids()[:1], *list(self.commands)][:1]
                 for pid in pids:
                     self.inject(pid, chance)
+
+    def kill_daemon(self) -> None:
+        assert self.daemon is not None
+        self.count("kills of the daemon")
+        self.daemon.kill()
+        self.daemon.wait()
+        # docs/SEMANTICS.md, the moment of a deletion; programs are told within that of what was done before.
+        self.ledger.undone(time.monotonic() - DELETION_SECONDS)
 
     def fill(self, seconds: float) -> None:
         """The disk is full for a while."""

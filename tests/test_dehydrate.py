@@ -20,7 +20,7 @@ import torch
 from conftest import Filled, ModelMaker, Tensors
 
 from hydrafs import dehydrate as dehydrating
-from hydrafs import opening
+from hydrafs import keeping, opening, renaming
 from hydrafs.cache import ChunkCache
 from hydrafs.choosing import features_of
 from hydrafs.codecs import registry
@@ -613,10 +613,40 @@ def test_a_base_that_goes_away_during_the_proof(models: ModelMaker, filled: Fill
         if stage == "prove":
             filled.base.unlink(missing_ok=True)
 
-    with contextlib.closing(Store(filled.root, create=True)) as store:
-        outcome = dehydrate(store, filled.tuned, filled.options, progress=remove)
-    assert not outcome.original_removed
+    with (
+        contextlib.closing(Store(filled.root, create=True)) as store,
+        pytest.raises(Changing, match="removed or replaced"),
+    ):
+        dehydrate(store, filled.tuned, filled.options, progress=remove)
     assert filled.tuned.read_bytes() == data
+    assert not filled.diff.exists()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_parent_that_is_a_diff_goes_away_during_the_proof(
+    models: ModelMaker, filled: Filled, keep: bool, replaced: bool
+) -> None:
+    """Nobody needed it until now: who deletes it deletes it for good."""
+    filled.dehydrate()
+    child = models.save(filled.root / "child.safetensors", models.tuned("fp32"))
+    data = child.read_bytes()
+
+    def remove(stage: str, nbytes: int, total: int) -> None:
+        if stage == "prove" and filled.diff.exists():
+            with contextlib.closing(Store(filled.root)) as other:
+                if replaced:
+                    fresh = models.save(filled.root / "fresh.safetensors", models.base("fp16"))
+                    renaming.rename_model(other, fresh, filled.tuned)
+                else:
+                    keeping.remove_model(other, filled.tuned)
+
+    options = dataclasses.replace(filled.options, bases=(filled.tuned,), keep=keep)
+    with contextlib.closing(Store(filled.root, create=True)) as store:
+        with pytest.raises(Changing, match="removed or replaced"):
+            dehydrate(store, child, options, progress=remove)
+        assert child.read_bytes() == data
+        assert not store.entry(child).is_diff  # type: ignore[union-attr]
 
 
 def test_two_that_are_stored_against_each_other_at_once(models: ModelMaker, filled: Filled) -> None:

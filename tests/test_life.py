@@ -267,7 +267,7 @@ class Life(RuleBasedStateMachine):
             dehydrate(store, self.root / name, Options(jobs=1, chunk_nbytes=16 << 10, bases=bases))
 
     @rule()
-    def work(self) -> None:
+    def step(self) -> None:
         with self.store() as store:
             Worker(store, Policy(settle_seconds=0, min_nbytes=1)).step()
 
@@ -357,7 +357,7 @@ class Life(RuleBasedStateMachine):
         if then == "collect":
             self.collect(rehomes=False)
         elif then == "work":
-            self.work()
+            self.step()
         elif then == "rm":
             for other in [n for n in self.expected if n != name and n not in self.damaged][:1]:
                 os.unlink(self.at(other))

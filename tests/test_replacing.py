@@ -198,7 +198,7 @@ def test_a_diff_that_was_made_on_purpose_stays(scene: Scene) -> None:
     assert scene.names() == both
 
 
-def test_a_killed_dehydration_gives_back_the_diff_that_was_there(scene: Scene) -> None:
+def test_a_killed_dehydration_gives_back_the_diff_that_was_there(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over an equal diff that a user made on purpose; what stays is what was there before."""
     options = Options(jobs=1, bases=(scene.base,), keep=True)
     dehydrate(scene.store, scene.tuned, options)
@@ -206,12 +206,13 @@ def test_a_killed_dehydration_gives_back_the_diff_that_was_there(scene: Scene) -
     class Killed(BaseException):
         pass
 
-    def still() -> None:
-        if scene.journals():
-            raise Killed
+    def killed(*arguments: object) -> bool:
+        assert scene.journals()
+        raise Killed
 
-    with pytest.raises(Killed):
-        dehydrate(scene.store, scene.tuned, Options(jobs=1, bases=(scene.base,), still=still))
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr("hydrafs.replacing._is_unchanged", killed)
+        dehydrate(scene.store, scene.tuned, Options(jobs=1, bases=(scene.base,)))
     tending.start(scene.store)
     assert scene.names() == [scene.base.name, scene.tuned.name, scene.diff.name]
 

@@ -9,12 +9,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ModelMaker
 from test_keeping import Family, family, sha256_of  # noqa: F401 - a fixture
 
-from hydrafs import keeping, tending
+from hydrafs import keeping, rehome, renaming, tending
 from hydrafs.cli import main
 from hydrafs.dehydrate import Options, dehydrate
 from hydrafs.restore import uncompress
@@ -130,6 +131,39 @@ class TestCollecting:
         tending.collect(family.store)
         assert not list(family.store.retired.iterdir())
         assert used_nbytes(family.root) < before
+        family.check(but=("base.safetensors",))
+
+    @pytest.mark.parametrize("way", ["removed", "replaced"])
+    def test_another_home_that_goes_meanwhile(
+        self,
+        family: Family,  # noqa: F811
+        models: ModelMaker,
+        monkeypatch: pytest.MonkeyPatch,
+        way: str,
+    ) -> None:
+        """What is stored against it is in no listing until it takes its place: nobody needs the new home yet."""
+        other = models.base("fp16")
+        other["norm.bias"] = other["norm.bias"] + 2
+        path = models.save(family.path("other.safetensors"), other)
+        keeping.remove_model(family.store, family.path("base.safetensors"))
+        store_one = rehome.dehydrate
+
+        def then_it_goes(*arguments: Any, **named: Any) -> Any:
+            outcome = store_one(*arguments, **named)
+            if list(family.store.private.glob(".hydrafs-tmp-rehoming-*/2")) and path.exists():
+                with contextlib.closing(Store(family.root)) as another:
+                    if way == "replaced":
+                        fresh = models.save(family.path("fresh.safetensors"), models.base("fp32"))
+                        renaming.rename_model(another, fresh, path)
+                    else:
+                        keeping.remove_model(another, path)
+                    tending.collect(another)
+            return outcome
+
+        monkeypatch.setattr(rehome, "dehydrate", then_it_goes)
+        tending.rehome(family.store, Options(jobs=1, chunk_nbytes=32 << 10))
+        family.check(but=("base.safetensors",))
+        tending.collect(family.store)
         family.check(but=("base.safetensors",))
 
     def test_no_other_home(self, family: Family) -> None:  # noqa: F811
