@@ -82,6 +82,15 @@ class TemporaryFile:
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def seal(self) -> None:
+        """Nothing is written to it any more: from here on it is open for reading, as a model is that is dehydrated."""
+        self.flush_to_disk()
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        self.file.close()
+        self.file = os.fdopen(fd, "rb")
+        with contextlib.suppress(OSError):  # a filesystem without locks, as at the beginning
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
     def commit(self, target: Path, *, replace: bool = False) -> None:
         """Give the file its name and make that durable.
 

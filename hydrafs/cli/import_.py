@@ -97,8 +97,9 @@ def _write(temporary: TemporaryFile, items: tuple[Item, ...], legacy: Path) -> N
     try:
         with progress_bar("rehydrating it", total) as progress:
             checkpoint.write(temporary.file, items, progress)
-        temporary.flush_to_disk()
-        os.fchmod(temporary.file.fileno(), stat.st_mode & 0o666)
+        os.fchmod(temporary.file.fileno(), stat.st_mode & 0o666 | 0o400)
+        temporary.seal()
+        os.chmod(temporary.path, stat.st_mode & 0o666)
         os.utime(temporary.path, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
     except OSError as error:
         raise from_oserror(error, "cannot write the model", temporary.path.parent) from error
